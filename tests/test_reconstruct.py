@@ -1,0 +1,321 @@
+import math
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dlor_peft.maths import apply, collapse, materialise
+from dlor_peft.reconstruct import KINDS, factorise_product, factorise_sum, nearest
+
+seeds = st.integers(0, 2**31)
+law = settings(deadline=None, max_examples=50)
+
+
+def random(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def eye(*shape: int) -> Tensor:
+    return torch.eye(*shape, dtype=torch.float64)
+
+
+def orthogonal(n: int) -> Tensor:
+    return torch.linalg.qr(random(n, (n, n))[0])[0]
+
+
+def jordan(n: int, eigenvalue: float) -> Tensor:
+    return eigenvalue * eye(n) + torch.diag(torch.ones(n - 1, dtype=torch.float64), 1)
+
+
+def turns(n: int, radians: float, size: float = 1) -> Tensor:
+    """Equal rotations down the diagonal, so complex pairs at every even boundary."""
+    cos, sin = size * math.cos(radians), size * math.sin(radians)
+    return torch.kron(eye(n // 2 + 1), torch.tensor([[cos, -sin], [sin, cos]], dtype=torch.float64))[:n, :n]
+
+
+def complex_jordan(n: int) -> Tensor:
+    return turns(n, math.pi / 2) + torch.diag(torch.ones(max(0, n - 2), dtype=torch.float64), 2)[:n, :n]
+
+
+def low_rank(n: int) -> Tensor:
+    left, right = random(n, (n, n // 2), (n // 2, n))
+    return left @ right
+
+
+ZOO = {
+    "random": lambda n: random(n, (n, n))[0],
+    "negative determinant": lambda n: orthogonal(n) * (1 - 2 * (torch.linalg.det(orthogonal(n)) > 0).double()),
+    "singular": low_rank,
+    "identity plus low rank": lambda n: eye(n) + low_rank(n),
+    "orthogonal": orthogonal,
+    "cyclic permutation": lambda n: eye(n).roll(1, 0),
+    "random permutation": lambda n: eye(n)[torch.randperm(n, generator=torch.Generator().manual_seed(n))],
+    "nilpotent Jordan": lambda n: jordan(n, 0),
+    "nilpotent Jordan, turned": lambda n: orthogonal(n) @ jordan(n, 0) @ orthogonal(n).mT,
+    "Jordan of eigenvalue 1": lambda n: jordan(n, 1),
+    "Jordan of eigenvalue -2": lambda n: jordan(n, -2).mT,
+    "complex Jordan": complex_jordan,
+    "complex Jordan, turned": lambda n: orthogonal(n) @ complex_jordan(n) @ orthogonal(n).mT,
+    "90 degrees": lambda n: turns(n, math.pi / 2),
+    "-90 degrees": lambda n: turns(n, -math.pi / 2),
+    "120 degrees": lambda n: turns(n, 2 * math.pi / 3),
+    "a hundredth of a degree": lambda n: turns(n, math.radians(0.01)),
+    "tiny complex pairs": lambda n: jordan(n, 0).mT - 1e-14 * jordan(n, 0),
+    "identity": eye,
+    "minus identity": lambda n: -eye(n),
+    "zero": lambda n: torch.zeros(n, n, dtype=torch.float64),
+}
+
+
+def num_factors(A: Tensor, r: int, c: float) -> int:
+    rank = int((torch.linalg.svdvals(A - c * eye(*A.shape)) > 1e-11).sum())
+    return max(1, math.ceil(rank / r))
+
+
+def dense_product(d: Tensor, U: Tensor, V: Tensor) -> Tensor:
+    product = torch.eye(U.shape[1], dtype=U.dtype)
+    for factor in zip(d, U, V, strict=True):
+        product = materialise(*factor) @ product
+    return product
+
+
+def check_product(A: Tensor, r: int, c: float, tolerance: float) -> None:
+    d, U, V = factorise_product(A, r, c)
+    n, K = len(A), num_factors(A, r, c)
+    assert (d.shape, U.shape, V.shape) == ((K, n), (K, n, r), (K, n, r))
+    scale = max(A.norm().item(), abs(c))
+    assert (materialise(*collapse(d, U, V)) - A).norm() <= tolerance * scale
+    assert (dense_product(d, U, V) - A).norm() <= tolerance * scale
+
+
+def small_cases() -> Iterator[tuple[int, int]]:
+    for n in range(1, 13):
+        yield from ((n, r) for r in (1, 2, 3, 4, n + 2))
+
+
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("c", [1.0, -0.7])
+def test_product_is_exact_and_meets_the_bound(name, c):
+    for n, r in small_cases():
+        check_product(ZOO[name](n), r, c, 3e-14)
+
+
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("r", [1, 3, 16])
+def test_product_at_size_64(name, r):
+    check_product(ZOO[name](64), r, 1.0, 2e-13)
+
+
+@law
+@given(seeds, st.integers(1, 12), st.integers(1, 5), st.integers(0, 12), st.sampled_from([1.0, -1.0, 0.3, 2.5]))
+def test_product_of_an_update_of_any_rank(seed, n, r, rank, c):
+    U, V = random(seed, (n, min(rank, n)), (n, min(rank, n)))
+    A = c * eye(n) + U @ V.mT / max(1, n)
+    d, U, V = factorise_product(A, r, c)
+    assert len(d) == max(1, math.ceil(min(rank, n) / r))
+    assert (dense_product(d, U, V) - A).norm() <= 1e-13 * max(A.norm().item(), abs(c))
+
+
+def test_product_holds_c_in_its_first_factor():
+    A = random(0, (4, 4))[0]
+    d, U, V = factorise_product(A, 2, 3.0)
+    assert d.tolist() == [[3.0] * 4, [1.0] * 4]
+    x = random(1, (5, 4))[0]
+    torch.testing.assert_close(apply(apply(x, d[0], U[0], V[0]), d[1], U[1], V[1]), x @ A.mT)
+    assert factorise_product(A, 2)[0].eq(1).all()
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e6])
+def test_product_is_as_exact_at_any_scale_with_c_of_that_scale(size):
+    check_product(size * random(0, (24, 24))[0], 1, size, 1e-13)
+
+
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("r", [1, 2, 3])
+def test_product_in_float32(name, r):
+    A = ZOO[name](9).float()
+    d, U, V = factorise_product(A, r)
+    assert d.dtype == U.dtype == V.dtype == torch.float32
+    assert len(d) <= math.ceil(9 / r)
+    assert (dense_product(d, U, V) - A).norm() <= 1e-5 * max(1, A.norm().item())
+
+
+def test_product_of_float32_does_not_count_rounding_as_rank():
+    Q = orthogonal(16).float()
+    U, V = random(0, (16, 3), (16, 3))
+    assert len(factorise_product(Q @ Q.mT, 1)[0]) == 1
+    assert len(factorise_product((eye(16) + U @ V.mT).float(), 1)[0]) == 3
+
+
+def test_product_tolerance_drops_what_is_below_it():
+    A = eye(6) + torch.diag(torch.tensor([0.5, 0.2, 1e-5, 1e-6, 0, 0], dtype=torch.float64))
+    assert len(factorise_product(A, 1)[0]) == 4
+    d, U, V = factorise_product(A, 1, tolerance=1e-4)
+    assert len(d) == 2
+    assert (dense_product(d, U, V) - A).norm() < 2e-5
+
+
+def test_product_needs_a_nonzero_c_a_positive_r_and_a_square_matrix():
+    with pytest.raises(ValueError, match="c = 0 leaves low-rank factors alone"):
+        factorise_product(eye(3), 1, 0)
+    with pytest.raises(ValueError, match=r"r = 0; .* at least 1"):
+        factorise_product(eye(3), 0)
+    with pytest.raises(ValueError, match=r"A is \(3, 4\); pass a square"):
+        factorise_product(eye(3, 4), 1)
+    with pytest.raises(TypeError, match=r"factorise_product: got torch.bfloat16.*convert first"):
+        factorise_product(eye(3).bfloat16(), 1)
+
+
+def test_product_without_scipy_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.linalg", None)
+    with pytest.raises(ImportError, match=r"pip install dlor-peft\[factorise\]"):
+        factorise_product(eye(3), 1)
+
+
+@law
+@given(seeds, st.integers(1, 9), st.integers(1, 9), st.integers(1, 11), st.sampled_from([None, 0.0, -2.0]))
+def test_sum_is_exact_and_meets_the_bound(seed, p, q, r, c):
+    A = random(seed, (p, q))[0]
+    c_used, U, V = factorise_sum(A, r, c)
+    assert c_used == (1.0 if c is None else c)
+    K = num_factors(A, r, c_used)
+    assert (U.shape, V.shape) == ((K, p, r), (K, q, r))
+    total = c_used * eye(p, q) + (U @ V.mT).sum(0)
+    assert (total - A).norm() <= 1e-13 * max(1, A.norm().item())
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_sum_and_product_need_equally_many_terms(name):
+    for n, r in small_cases():
+        A = ZOO[name](n)
+        c, U, V = factorise_sum(A, r)
+        assert len(U) == len(factorise_product(A, r)[0]) == num_factors(A, r, 1.0)
+        assert (c * eye(n) + (U @ V.mT).sum(0) - A).norm() <= 1e-13 * max(1, A.norm().item())
+
+
+def test_sum_puts_the_largest_terms_first():
+    A = random(0, (8, 6))[0]
+    _, U, V = factorise_sum(A, 2, 0)
+    assert (A - U[0] @ V[0].mT).norm() == pytest.approx(torch.linalg.svdvals(A)[2:].norm().item())
+
+
+def approximation(kind: str, d: Tensor, U: Tensor, V: Tensor, *, W: Tensor | None) -> Tensor:
+    if W is None:
+        return materialise(d, U, V)
+    return (d[:, None] * W if kind == "row" else W * d) + U @ V.mT
+
+
+def problem(seed: int, kind: str, O: int, I: int, r: int, diagonal: float = 1) -> tuple[Tensor, Tensor | None]:
+    """An update that is exactly diagonal plus rank r, and the W that belongs to it."""
+    length = {"additive": min(O, I), "row": O, "column": I}[kind]
+    d, U, V, W = random(seed, (length,), (O, r), (I, r), (O, I))
+    weight = None if kind == "additive" else W
+    return approximation(kind, diagonal * d, U, V, W=weight), weight
+
+
+@settings(deadline=None, max_examples=20)
+@given(seeds, st.sampled_from(KINDS), st.sampled_from([(24, 24), (24, 32), (32, 24)]), st.integers(0, 2))
+def test_nearest_recovers_an_exact_update(seed, kind, shape, r):
+    # the large diagonal would trap a descent that starts from the singular vectors alone
+    delta, W = problem(seed, kind, shape[0], shape[1], r, diagonal=20)
+    fit = nearest(delta, r, kind, W, iterations=200)
+    assert (fit.U.shape, fit.V.shape) == ((shape[0], r), (shape[1], r))
+    assert fit.residual < 1e-10
+    assert (approximation(kind, fit.d, fit.U, fit.V, W=W) - delta).norm() <= 1e-10 * delta.norm()
+
+
+@law
+@given(seeds, st.sampled_from(KINDS), st.integers(1, 8), st.integers(1, 8))
+def test_nearest_is_monotone_in_r_and_no_worse_than_the_svd(seed, kind, O, I):
+    delta, W = random(seed, (O, I), (O, I))
+    weight = None if kind == "additive" else W
+    sizes = torch.linalg.svdvals(delta)
+    previous = 1.0
+    for r in range(min(O, I) + 2):
+        fit = nearest(delta, r, kind, weight)
+        error = (approximation(kind, fit.d, fit.U, fit.V, W=weight) - delta).norm() / delta.norm()
+        assert fit.residual == pytest.approx(error.item(), abs=1e-12)
+        assert fit.residual <= (sizes[r:].norm() / sizes.norm()).item() + 1e-12
+        assert fit.residual <= previous + 1e-6
+        previous = fit.residual
+    assert previous < 1e-12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nearest_never_gets_worse_with_more_iterations(kind):
+    delta, W = random(5, (9, 7), (9, 7))
+    weight = None if kind == "additive" else W
+    residuals = [nearest(delta, 2, kind, weight, iterations=i, tolerance=0).residual for i in (1, 2, 4, 16, 64)]
+    assert residuals == sorted(residuals, reverse=True)
+    assert residuals[-1] < residuals[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nearest_stops_at_a_stationary_point(kind):
+    delta, W = random(6, (9, 7), (9, 7))
+    weight = None if kind == "additive" else W
+    d, U, V, _ = nearest(delta, 2, kind, weight, iterations=5000, tolerance=1e-12)
+    leaves = [t.requires_grad_() for t in (d, U, V)]
+    loss = (approximation(kind, d, U, V, W=weight) - delta).square().sum()
+    assert all(grad.norm() < 1e-4 * delta.norm() for grad in torch.autograd.grad(loss, leaves))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("r", [0, 2, 20])
+def test_nearest_with_zero_rows_and_columns(kind, r):
+    delta, W = random(0, (6, 8), (6, 8))
+    W[2], W[:, 5] = 0, 0
+    fit = nearest(delta, r, kind, None if kind == "additive" else W)
+    assert all(t.isfinite().all() for t in fit[:3])
+    assert math.isfinite(fit.residual)
+    if kind != "additive":
+        assert fit.d[2 if kind == "row" else 5] == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nearest_of_no_update(kind):
+    fit = nearest(torch.zeros(4, 5), 2, kind, None if kind == "additive" else torch.ones(4, 5))
+    assert fit.residual == 0
+    assert not any(t.any() for t in fit[:3])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nearest_in_float32(kind):
+    delta, W = problem(0, kind, 24, 32, 2)
+    fit = nearest(delta.float(), 2, kind, None if W is None else W.float())
+    assert fit.U.dtype == torch.float32
+    assert fit.residual < 1e-5
+
+
+def test_nearest_names_the_known_kinds():
+    with pytest.raises(ValueError, match="'rows', known are 'additive', 'row', 'column'; did you mean 'row'"):
+        nearest(eye(3), 1, "rows")
+
+
+def test_nearest_checks_its_arguments():
+    with pytest.raises(ValueError, match=r"kind 'row' needs W of the shape of delta, \(3, 3\); got None"):
+        nearest(eye(3), 1, "row")
+    with pytest.raises(ValueError, match=r"got of shape \(3, 4\)"):
+        nearest(eye(3), 1, "column", eye(3, 4))
+    with pytest.raises(ValueError, match="'additive' does not depend on W"):
+        nearest(eye(3), 1, "additive", eye(3))
+    with pytest.raises(ValueError, match=r"r = -1; .* at least 0"):
+        nearest(eye(3), -1, "additive")
+    with pytest.raises(TypeError, match=r"nearest: got torch.float16"):
+        nearest(eye(3).half(), 1, "additive")
+
+
+def test_arguments_are_not_changed():
+    A, W = random(0, (5, 5), (5, 5))
+    copies = A.clone(), W.clone()
+    factorise_product(A, 1)
+    factorise_sum(A, 1)
+    for kind in KINDS:
+        nearest(A, 1, kind, None if kind == "additive" else W)
+    assert torch.equal(A, copies[0])
+    assert torch.equal(W, copies[1])
