@@ -1,0 +1,88 @@
+"""update() as one differentiable operation that keeps only x and x V."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import reference
+
+
+class _Update(torch.autograd.Function):
+    """acc + scale (q * x + (x V) U^T) for 2-D tensors; `is_residual` says that acc is x itself, acc is None then."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        acc: Tensor | None,
+        x: Tensor,
+        q: Tensor | None,
+        U: Tensor,
+        V: Tensor,
+        scale: float,
+        is_residual: bool,
+    ) -> Tensor:
+        q_cast = None if q is None else q.to(x.dtype)
+        out, t = reference.update(x if is_residual else acc, x, q_cast, U.to(x.dtype), V.to(x.dtype), scale)
+        _, _, needs_q, needs_U, needs_V, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_q or needs_V else None, t if needs_U else None, q, U, V)
+        ctx.scale, ctx.is_residual = scale, is_residual
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, t, q, U, V = ctx.saved_tensors
+        needs_acc, needs_x, needs_q, needs_U, needs_V, *_ = ctx.needs_input_grad
+        dx = dq = dU = dV = gU = None
+        if needs_x:
+            q_cast = None if q is None else q.to(g.dtype)
+            acc = g if ctx.is_residual else None
+            dx, gU = reference.update(acc, g, q_cast, V.to(g.dtype), U.to(g.dtype), ctx.scale)
+        elif needs_V:
+            gU = g @ U.to(g.dtype)
+        if needs_q:
+            assert q is not None
+            dq = reference.grad_q(g, x, q, ctx.scale).to(q.dtype)
+        if needs_U:
+            dU = reference.grad_U(g, t, ctx.scale).to(U.dtype)
+        if needs_V:
+            assert gU is not None
+            dV = reference.grad_V(x, gU, ctx.scale).to(V.dtype)
+        return g if needs_acc else None, dx, dq, dU, dV, None, None
+
+
+def update(
+    acc: Tensor | None,
+    x: Tensor,
+    q: Tensor | None,
+    U: Tensor | None = None,
+    V: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """acc + scale (q * x + (x V) U^T), the one operation that every mode is made of.
+
+    Shapes: acc (..., O) or None for zeros, x (..., I), q (min(I, O),) or (1,) or None, U (O, r), V (I, r), r >= 0, or
+    both None where there is no low-rank part (O = I then). q multiplies the leading min(I, O) features. `acc is x` is
+    the multiplicative form, whose input gradient is the same operation with U and V swapped.
+
+    dtype: that of acc (of x where acc is None); x and the factors are cast to it, so that factors kept in float32
+    over a bfloat16 base cost no copy of x. Under autocast acc = x takes the autocast dtype first. Gradients come in
+    the dtype of their tensor, products accumulate in float32 for the half-precision types.
+
+    Memory: x and x V are kept for the backward pass, nothing else of the size of x. No input is written to, the result
+    is new. Second derivatives raise.
+    """
+    if U is None or V is None:
+        U = V = x.new_empty(x.shape[-1], 0)
+    is_residual = acc is x
+    if is_residual and x.dtype is not torch.float64 and torch.is_autocast_enabled(x.device.type):
+        acc = x = x.to(torch.get_autocast_dtype(x.device.type))
+    if acc is not None:
+        x = x.to(acc.dtype)
+    width = U.shape[0]
+    acc_TO = None if acc is None or is_residual else acc.reshape(-1, width)
+    with torch.autocast(x.device.type, enabled=False):
+        out = _Update.apply(acc_TO, x.reshape(-1, x.shape[-1]), q, U, V, scale, is_residual)
+    return out.reshape(*x.shape[:-1], width)  # pyright: ignore[reportOptionalMemberAccess]
