@@ -1,0 +1,209 @@
+"""DLoRConfig: what a user chooses of a DLoR adapter, checked when it is constructed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+from peft.utils.peft_types import PeftType
+
+from . import __version__
+from .card import add_usage
+from .fields import document_fields
+
+MODES = ("additive", "scaled", "multiplicative")
+SIDES = ("input", "output", "both", "auto")
+DIAGONALS = ("vector", "scalar", "none")
+BIASES = ("none", "all", "dlor_only")
+
+
+@document_fields
+@dataclass
+class DLoRConfig(PeftConfig):
+    """The configuration of a [`DLoRModel`]: which layers are adapted, and the form of their update.
+
+    With W the frozen weight (out_features, in_features), s the adapter's scale (1 unless changed), delta the stored
+    diagonal and U, V the low-rank factors, the adapted weight is
+
+    | mode | side | W' |
+    |---|---|---|
+    | "additive" | | W + s (delta I + U V^T), I the rectangular identity |
+    | "scaled" | "output" | diag(1 + s delta) W + s U V^T |
+    | "scaled" | "input" | W diag(1 + s delta) + s U V^T |
+    | "scaled" | "both" | W + s (diag(1 + delta) W diag(1 + delta_in) + U V^T - W) |
+    | "multiplicative" | "input" | W P, P = I + s (F_depth ... F_1 - I), F_k = diag(1 + delta_k) + U_k V_k^T |
+    | "multiplicative" | "output" | P W |
+
+    Every mode starts as the exact identity. The bias of an adapted layer is never scaled or rotated.
+
+    Raises:
+        ValueError, TypeError: at construction, for any value or combination that could not be honoured.
+    """
+
+    r: int = 8
+    """Rank of U V^T in each factor. 0 trains the diagonal only."""
+
+    mode: str = "scaled"
+    """How the update meets the frozen weight: "additive", "scaled" or "multiplicative"."""
+
+    side: str = "auto"
+    """Side of the weight that the diagonal (scaled) or the factors (multiplicative) act on: "input", "output", or, for
+    scaled, "both". "auto" takes the smaller of in_features and out_features layer by layer, the input where they are
+    equal."""
+
+    depth: int = 1
+    """Number of stacked factors. More than 1 only in mode "multiplicative", where it changes the parametrisation, not
+    the function class: a stack equals one factor of rank depth * r."""
+
+    diagonal: str = "vector"
+    """Trainable diagonal: "vector" (one value a feature), "scalar" (one value a factor) or "none"."""
+
+    dlor_dropout: float = 0.0
+    """Dropout probability on the input of the update; the frozen path sees the undropped input."""
+
+    init_weights: bool = True
+    """True starts as the exact identity (delta = 0, U = 0, V Kaiming-uniform). False draws all of them at random: for
+    tests only."""
+
+    target_modules: list[str] | str | None = None
+    """Modules to adapt: a list of names or suffixes, a regex that matches whole names, or "all-linear" for every
+    linear layer but the output layer. None takes PEFT's defaults for the architecture."""
+
+    exclude_modules: list[str] | str | None = None
+    """Modules not to adapt: a list of names or suffixes, or a regex that matches whole names."""
+
+    modules_to_save: list[str] | None = None
+    """Modules besides the adapters that are trained and saved in full, for example a fresh classification head."""
+
+    layers_to_transform: list[int] | int | None = None
+    """Indices of the layers to adapt, where target_modules is a list."""
+
+    layers_pattern: list[str] | str | None = None
+    """Name of the ModuleList that layers_to_transform counts in, for example "layers" or "h"."""
+
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Ranks that differ from r: module name or regex -> rank."""
+
+    depth_pattern: dict[str, int] = field(default_factory=dict)
+    """Depths that differ from depth: module name or regex -> depth."""
+
+    bias: str = "none"
+    """Which biases are trained besides the adapters: "none", "all" or "dlor_only" (those of adapted layers). Trained
+    biases belong to the base model: disabling the adapter does not restore them."""
+
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Token ids whose embeddings are trained and saved, for the input embedding or by embedding module name."""
+
+    fan_in_fan_out: bool = False
+    """Whether targeted weights are stored as (in_features, out_features). The orientation is read off the layer class;
+    True for a torch.nn.Linear warns and is overruled, as in PEFT's LoRA."""
+
+    dlor_version: str | None = None
+    """Version of dlor-peft that wrote this configuration; filled in when it is left empty."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("DLOR")
+        self.dlor_version = self.dlor_version or __version__
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # pyright: ignore[reportAttributeAccessIssue]
+        self.rank_pattern = self.rank_pattern or {}
+        self.depth_pattern = self.depth_pattern or {}
+        self._check_values()
+        self._check_form()
+        self._check_layers()
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, and into the model card how to load the adapter."""
+        super().save_pretrained(save_directory, **kwargs)
+        add_usage(save_directory)
+
+    def _check_values(self) -> None:
+        _check_choice("mode", self.mode, MODES)
+        _check_choice("side", self.side, SIDES)
+        _check_choice("diagonal", self.diagonal, DIAGONALS)
+        _check_choice("bias", self.bias, BIASES)
+        _check_integer("r", self.r, 0)
+        _check_integer("depth", self.depth, 1)
+        for name, lowest in (("rank_pattern", 0), ("depth_pattern", 1)):
+            for key, value in getattr(self, name).items():
+                _check_integer(f"{name}[{key!r}]", value, lowest)
+        if isinstance(self.dlor_dropout, bool) or not isinstance(self.dlor_dropout, int | float):
+            raise _error(TypeError, "dlor_dropout", self.dlor_dropout, "a number", "Pass a probability such as 0.05.")
+        if not 0 <= self.dlor_dropout < 1:
+            raise _error(
+                ValueError, "dlor_dropout", self.dlor_dropout, "at least 0 and below 1", "Pass 0 for no dropout."
+            )
+        if not isinstance(self.init_weights, bool):
+            raise _error(TypeError, "init_weights", self.init_weights, "True or False", "Use True for training.")
+
+    def _check_form(self) -> None:
+        if self.diagonal == "none" and 0 in (self.r, *self.rank_pattern.values()):
+            raise ValueError(
+                'dlor_peft.config: r=0 with diagonal="none" leaves nothing to train. Give r >= 1 (in rank_pattern '
+                'too), or a diagonal "vector" or "scalar".'
+            )
+        deepest = max(self.depth, *self.depth_pattern.values(), 1)
+        if deepest > 1 and self.mode != "multiplicative":
+            raise ValueError(
+                f'dlor_peft.config: depth={deepest} needs mode="multiplicative", but mode is {self.mode!r}: a stack '
+                f"of additive or scaled terms is one term of rank depth * r. Use r={deepest * max(self.r, 1)} with "
+                f'depth=1 for the same number of parameters, or mode="multiplicative".'
+            )
+        if self.side == "both" and self.mode != "scaled":
+            raise ValueError(
+                f'dlor_peft.config: side="both" needs mode="scaled", but mode is {self.mode!r}. Use side="input", '
+                f'"output" or "auto".'
+            )
+        if self.side != "auto" and self.mode == "additive":
+            raise ValueError(
+                f'dlor_peft.config: side={self.side!r} has no meaning in mode "additive", whose update is added to '
+                f'the weight. Leave side="auto".'
+            )
+        if self.side != "auto" and self.mode == "scaled" and self.diagonal == "none":
+            raise ValueError(
+                f'dlor_peft.config: side={self.side!r} has no meaning in mode "scaled" with diagonal="none": only the '
+                f'diagonal has a side there. Leave side="auto", or use diagonal="vector" or "scalar".'
+            )
+
+    def _check_layers(self) -> None:
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                "dlor_peft.config: layers_to_transform cannot be used when target_modules is a str. Name the layers "
+                "in the regex, or pass target_modules as a list."
+            )
+        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
+            raise ValueError(
+                "dlor_peft.config: layers_pattern cannot be used when target_modules is a str. Name the layers in the "
+                "regex, or pass target_modules as a list."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                "dlor_peft.config: When `layers_pattern` is specified, `layers_to_transform` must also be specified. "
+                "Name the layer indices in layers_to_transform, or drop layers_pattern."
+            )
+
+
+def _error(kind: type[Exception], name: str, value: Any, allowed: str, remedy: str) -> Exception:
+    return kind(f"dlor_peft.config: {name} must be {allowed}, but it is {value!r}. {remedy}")
+
+
+def _check_choice(name: str, value: Any, known: Iterable[str]) -> None:
+    known = tuple(known)
+    if value in known:
+        return
+    close = difflib.get_close_matches(str(value), known, n=1)
+    remedy = f"Did you mean {close[0]!r}?" if close else f"Use {known[0]!r} if in doubt."
+    raise _error(ValueError, name, value, f"one of {', '.join(map(repr, known))}", remedy)
+
+
+def _check_integer(name: str, value: Any, lowest: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _error(TypeError, name, value, "an integer", f"Pass a whole number of at least {lowest}.")
+    if value < lowest:
+        raise _error(ValueError, name, value, f"an integer of at least {lowest}", f"Pass {lowest} or more.")
