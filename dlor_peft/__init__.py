@@ -1,0 +1,39 @@
+"""DLoR, a trainable diagonal plus low rank (arXiv 2605.05659), as a method of Hugging Face PEFT.
+
+Importing this package makes "DLOR" a PEFT method: `get_peft_model`, `PeftModel.from_pretrained` and every other loader
+of PEFT and transformers know it from then on.
+"""
+
+import importlib
+import sys
+import sysconfig
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import DLoRConfig
+    from .layer import DLoRLayer
+    from .model import DLoRModel
+    from .registration import register
+
+__version__ = "0.1.0"
+__all__ = ["DLoRConfig", "DLoRLayer", "DLoRModel", "__version__", "register"]
+
+_HOME = {"DLoRConfig": "config", "DLoRLayer": "layer", "DLoRModel": "model", "register": "registration"}
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def _is_command_line() -> bool:
+    """Whether this process is the `dlor` command, which parses its arguments before it loads torch and PEFT."""
+    if sys.argv[0] == "-m":
+        return "dlor_peft.cli" in sys.orig_argv
+    return Path(sys.argv[0]).with_suffix("") == Path(sysconfig.get_path("scripts"), "dlor")
+
+
+if not _is_command_line():
+    __getattr__("register")()
