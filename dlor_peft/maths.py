@@ -64,8 +64,8 @@ def inverse(d: Tensor, U: Tensor, V: Tensor) -> DLoR:
     S = _plus_identity(low_rank)
     if _is_singular(S, low_rank):
         raise ValueError(
-            "dlor_peft.maths.inverse: the capacitance I + V^T D^-1 U is singular, so the matrix is singular although d "
-            "has no zero; scale U or V down, see condition_bound"
+            "dlor_peft.maths.inverse: the capacitance I + V^T D^-1 U is singular, so the matrix is singular although "
+            "d has no zero; scale U or V down, see condition_bound"
         )
     return 1 / d, torch.linalg.solve(S, -U / d[:, None], left=False), V_scaled
 

@@ -40,12 +40,13 @@ def factorise_product(A: Tensor, r: int, c: float | None = None, tolerance: floa
     n = A.shape[0]
     if A.shape != (n, n):
         raise ValueError(
-            f"dlor_peft.reconstruct.factorise_product: A is {tuple(A.shape)}; pass a square matrix, or use factorise_sum"
+            f"dlor_peft.reconstruct.factorise_product: A is {tuple(A.shape)}; pass a square one, or use factorise_sum"
         )
     c = 1.0 if c is None else float(c)
     if c == 0:
         raise ValueError(
-            "dlor_peft.reconstruct.factorise_product: c = 0 leaves low-rank factors alone, which lose rank; pass another c"
+            "dlor_peft.reconstruct.factorise_product: c = 0 leaves low-rank factors alone, which lose rank; "
+            "pass another c"
         )
     schur = _import_schur()
 
@@ -135,14 +136,16 @@ def nearest(
     if kind == "additive":
         if W is not None:
             raise ValueError(
-                "dlor_peft.reconstruct.nearest: kind 'additive' does not depend on W; leave W out, or use 'row' or 'column'"
+                "dlor_peft.reconstruct.nearest: kind 'additive' does not depend on W; leave W out, or use 'row' "
+                "or 'column'"
             )
         fit = _nearest_row(delta, _eye_like(delta), r, iterations, tolerance)
         return fit._replace(d=fit.d[: min(delta.shape)])
     if W is None or W.shape != delta.shape:
         got = "None" if W is None else f"of shape {tuple(W.shape)}"
         raise ValueError(
-            f"dlor_peft.reconstruct.nearest: kind {kind!r} needs W of the shape of delta, {tuple(delta.shape)}; got {got}"
+            f"dlor_peft.reconstruct.nearest: kind {kind!r} needs W of the shape of delta, "
+            f"{tuple(delta.shape)}; got {got}"
         )
     require_float("reconstruct.nearest", W)
     if kind == "row":

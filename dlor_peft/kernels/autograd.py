@@ -75,7 +75,8 @@ def update(
     is new. Second derivatives raise.
     """
     if U is None or V is None:
-        U = V = x.new_empty(x.shape[-1], 0)
+        # two tensors: torch.compile refuses one that is passed twice
+        U, V = x.new_empty(x.shape[-1], 0), x.new_empty(x.shape[-1], 0)
     is_residual = acc is x
     if is_residual and x.dtype is not torch.float64 and torch.is_autocast_enabled(x.device.type):
         acc = x = x.to(torch.get_autocast_dtype(x.device.type))
