@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
@@ -14,14 +15,11 @@ from .config import DLoRConfig
 from .form import Residual
 from .layer import DLoRLayer
 
-if TYPE_CHECKING:
-    from .model import DLoRModel
-
 COMBINATIONS = ("cat", "svd")
 
 
 def add_weighted_adapter(
-    model: DLoRModel,
+    model: BaseTuner,
     adapters: Sequence[str],
     weights: Sequence[float],
     adapter_name: str,
@@ -60,7 +58,7 @@ def add_weighted_adapter(
 
 
 def _check(
-    model: DLoRModel,
+    model: BaseTuner,
     adapters: Sequence[str],
     weights: Sequence[float],
     adapter_name: str,
@@ -99,11 +97,11 @@ def _check(
             )
 
 
-def _configs(model: DLoRModel, adapters: Sequence[str]) -> list[DLoRConfig]:
+def _configs(model: BaseTuner, adapters: Sequence[str]) -> list[DLoRConfig]:
     return [cast(DLoRConfig, model.peft_config[adapter]) for adapter in adapters]
 
 
-def _saved_modules(model: DLoRModel) -> list[ModulesToSaveWrapper]:
+def _saved_modules(model: BaseTuner) -> list[ModulesToSaveWrapper]:
     return [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
 
 
@@ -112,7 +110,7 @@ def _on(module: DLoRLayer | ModulesToSaveWrapper, adapters: Sequence[str]) -> li
     return [adapter for adapter in adapters if adapter in present]
 
 
-def _common_side(model: DLoRModel, adapters: Sequence[str], layers: dict[str, DLoRLayer]) -> str | None:
+def _common_side(model: BaseTuner, adapters: Sequence[str], layers: dict[str, DLoRLayer]) -> str | None:
     """The `side` of a config under which the sum of the adapters has their form again; None where there is none."""
     sides = []
     for layer in layers.values():
@@ -128,7 +126,7 @@ def _common_side(model: DLoRModel, adapters: Sequence[str], layers: dict[str, DL
     return sides[0] if len(set(sides)) == 1 else None
 
 
-def _config(model: DLoRModel, adapters: Sequence[str], sums: dict[str, Residual], side: str | None) -> DLoRConfig:
+def _config(model: BaseTuner, adapters: Sequence[str], sums: dict[str, Residual], side: str | None) -> DLoRConfig:
     configs = _configs(model, adapters)
     diagonals = {config.diagonal for config in configs}
     diagonal = next(kind for kind in ("vector", "scalar", "none") if kind in diagonals)
