@@ -5,9 +5,9 @@ of PEFT and transformers know it from then on.
 """
 
 import importlib
+import os
 import sys
 import sysconfig
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def _is_command_line() -> bool:
     """Whether this process is the `dlor` command, which parses its arguments before it loads torch and PEFT."""
     if sys.argv[0] == "-m":
         return "dlor_peft.cli" in sys.orig_argv
-    return Path(sys.argv[0]).with_suffix("") == Path(sysconfig.get_path("scripts"), "dlor")
+    return os.path.splitext(sys.argv[0])[0] == os.path.join(sysconfig.get_path("scripts"), "dlor")
 
 
 if not _is_command_line():
