@@ -30,9 +30,10 @@ def __getattr__(name: str):
 
 def _is_command_line() -> bool:
     """Whether this process is the `dlor` command, which parses its arguments before it loads torch and PEFT."""
-    if sys.argv[0] == "-m":
+    script = next(iter(sys.argv), "")
+    if script == "-m":
         return "dlor_peft.cli" in sys.orig_argv
-    return os.path.splitext(sys.argv[0])[0] == os.path.join(sysconfig.get_path("scripts"), "dlor")
+    return os.path.splitext(script)[0] == os.path.join(sysconfig.get_path("scripts"), "dlor")
 
 
 if not _is_command_line():

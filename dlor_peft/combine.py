@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
@@ -43,10 +44,16 @@ def add_weighted_adapter(
         add = _sum_of_updates if side is None else _sum_of_residuals
         sums = {name: add(layer, adapters, weights) for name, layer in layers.items()}
         if combination_type == "svd":
+            if svd_rank is None and side is None and all(config.r == 0 for config in _configs(model, adapters)):
+                raise ValueError("dlor_peft.combine: adapters of r=0 suggest no rank for their sum: pass svd_rank.")
             ranks = [layer.residual(name).U.shape[1] for layer in layers.values() for name in _on(layer, adapters)]
             sums = {name: _truncate(residual, svd_rank or max(ranks)) for name, residual in sums.items()}
     model.peft_config[adapter_name] = _config(model, adapters, sums, side)
-    model.inject_adapter(model.model, adapter_name)
+    try:
+        model.inject_adapter(model.model, adapter_name)
+    except ValueError:
+        del model.peft_config[adapter_name]
+        raise
     for name, residual in sums.items():
         layer = model.model.get_submodule(name)
         assert isinstance(layer, DLoRLayer)
@@ -83,6 +90,11 @@ def _check(
     if svd_rank is not None and (combination_type != "svd" or svd_rank < 1):
         raise ValueError(
             f'dlor_peft.combine: svd_rank={svd_rank!r} must be at least 1 and goes with combination_type="svd" only.'
+        )
+    if any(config.bias != "none" for config in _configs(model, adapters)):
+        raise ValueError(
+            "dlor_peft.combine: adapters that train biases (bias) cannot be combined: those biases belong to the "
+            "base model."
         )
     if any(config.trainable_token_indices for config in _configs(model, adapters)):
         raise ValueError(
@@ -138,8 +150,8 @@ def _config(model: BaseTuner, adapters: Sequence[str], sums: dict[str, Residual]
         side="auto" if side is None or (diagonal == "none" and configs[0].mode == "scaled") else side,
         diagonal="none" if side is None else diagonal,
         depth=1,
-        # the exact names of the adapted layers, whatever patterns found them
-        target_modules=set(sums),
+        # the whole names of the adapted layers, whatever patterns found them
+        target_modules="|".join(map(re.escape, sums)),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,

@@ -131,7 +131,10 @@ class DLoRConfig(PeftConfig):
         _check_integer("r", self.r, 0)
         _check_integer("depth", self.depth, 1)
         for name, lowest in (("rank_pattern", 0), ("depth_pattern", 1)):
-            for key, value in getattr(self, name).items():
+            pattern = getattr(self, name)
+            if not isinstance(pattern, dict):
+                raise _error(TypeError, name, pattern, "a dict", "Map module names or regexes to integers.")
+            for key, value in pattern.items():
                 _check_integer(f"{name}[{key!r}]", value, lowest)
         if isinstance(self.dlor_dropout, bool) or not isinstance(self.dlor_dropout, int | float):
             raise _error(TypeError, "dlor_dropout", self.dlor_dropout, "a number", "Pass a probability such as 0.05.")

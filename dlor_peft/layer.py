@@ -100,16 +100,13 @@ class DLoRLayer(BaseTunerLayer):
         """Overwrite the tensors of an adapter of depth 1. A scalar fills a vector diagonal; columns of U and V beyond
         those given keep U = 0, so that they add nothing and can still be trained."""
         values = {"dlor_diag": residual.q, "dlor_diag_in": residual.q_in, "dlor_U": residual.U, "dlor_V": residual.V}
-        for name, shape in self.form[adapter_name].shapes.items():
+        for name in self.form[adapter_name].shapes:
             value, weight = values[name], getattr(self, name)[adapter_name].weight
-            if value is None:
-                continue
-            new = weight.new_zeros(shape) if name != "dlor_V" else weight.detach().clone()
-            new = new.to(value.dtype)
-            if name in ("dlor_U", "dlor_V"):
-                new[0, :, : value.shape[1]] = value
-            else:
-                new[0] = value
+            new = weight.detach().clone() if name == "dlor_V" else torch.zeros_like(weight)
+            if value is not None:
+                new = new.to(value.dtype)
+                filled = new[0] if value.ndim == 1 else new[0, :, : value.shape[1]]
+                filled.copy_(value)
             weight.data = new
 
     def set_scale(self, adapter: str, scale: float) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -43,6 +44,26 @@ class DLoRModel(BaseTuner):
                 "which makes PEFT lose the adapter's weights when it is loaded. Choose another, such as 'default'."
             )
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        # PEFT does this for rank_pattern
+        config = cast(DLoRConfig, self.peft_config[adapter_name])
+        unmatched = [
+            key
+            for key in config.depth_pattern
+            if not any(get_pattern_key([key], name) == key for name in self.targeted_module_names)
+        ]
+        if unmatched:
+            warnings.warn(
+                f"The following depth_pattern keys did not match any targeted module and were ignored: {unmatched}.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
+        # PEFT's guard against layers that Mamba's kernels read without calling them knows LoRA's relatives by name
+        try:
+            super()._check_target_module_compatiblity(PeftConfig(peft_type="LORA"), model, target_name)
+        except ValueError as error:
+            raise ValueError(str(error).replace("PEFT:LORA", "PEFT:DLOR")) from None
 
     def _create_and_replace(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
