@@ -44,14 +44,14 @@ def add_weighted_adapter(
         add = _sum_of_updates if side is None else _sum_of_residuals
         sums = {name: add(layer, adapters, weights) for name, layer in layers.items()}
         if combination_type == "svd":
-            if svd_rank is None and side is None and all(config.r == 0 for config in _configs(model, adapters)):
-                raise ValueError("dlor_peft.combine: adapters of r=0 suggest no rank for their sum: pass svd_rank.")
             ranks = [layer.residual(name).U.shape[1] for layer in layers.values() for name in _on(layer, adapters)]
+            if svd_rank is None and side is None and not any(ranks):
+                raise ValueError("dlor_peft.combine: adapters of rank 0 suggest no rank for their sum: pass svd_rank.")
             sums = {name: _truncate(residual, svd_rank or max(ranks)) for name, residual in sums.items()}
     model.peft_config[adapter_name] = _config(model, adapters, sums, side)
     try:
         model.inject_adapter(model.model, adapter_name)
-    except ValueError:
+    except Exception:
         del model.peft_config[adapter_name]
         raise
     for name, residual in sums.items():

@@ -142,8 +142,9 @@ class DLoRConfig(PeftConfig):
             raise _error(
                 ValueError, "dlor_dropout", self.dlor_dropout, "at least 0 and below 1", "Pass 0 for no dropout."
             )
-        if not isinstance(self.init_weights, bool):
-            raise _error(TypeError, "init_weights", self.init_weights, "True or False", "Use True for training.")
+        for name in ("init_weights", "fan_in_fan_out"):
+            if not isinstance(getattr(self, name), bool):
+                raise _error(TypeError, name, getattr(self, name), "True or False", "Leave it out if in doubt.")
 
     def _check_form(self) -> None:
         if self.diagonal == "none" and 0 in (self.r, *self.rank_pattern.values()):
@@ -175,6 +176,13 @@ class DLoRConfig(PeftConfig):
             )
 
     def _check_layers(self) -> None:
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            _check_items(name, getattr(self, name), str, "a string", alone=True)
+        _check_items("modules_to_save", self.modules_to_save, str, "a string", alone=False)
+        _check_items("layers_to_transform", self.layers_to_transform, int, "a layer index", alone=True)
+        tokens = self.trainable_token_indices
+        for indices in tokens.values() if isinstance(tokens, dict) else [tokens]:
+            _check_items("trainable_token_indices", indices, int, "a token id", alone=False)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
                 "dlor_peft.config: layers_to_transform cannot be used when target_modules is a str. Name the layers "
@@ -203,6 +211,14 @@ def _check_choice(name: str, value: Any, known: Iterable[str]) -> None:
     close = difflib.get_close_matches(str(value), known, n=1)
     remedy = f"Did you mean {close[0]!r}?" if close else f"Use {known[0]!r} if in doubt."
     raise _error(ValueError, name, value, f"one of {', '.join(map(repr, known))}", remedy)
+
+
+def _check_items(name: str, value: Any, kind: type, what: str, alone: bool) -> None:
+    if value is None or (alone and isinstance(value, kind)):
+        return
+    if not isinstance(value, list | set | tuple) or not all(isinstance(item, kind) for item in value):
+        allowed = f"a list, each item {what}" + (f", or {what} alone" if alone else "")
+        raise _error(TypeError, name, value, allowed, "Write it as a list.")
 
 
 def _check_integer(name: str, value: Any, lowest: int) -> None:

@@ -46,10 +46,13 @@ class DLoRModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         # PEFT does this for rank_pattern
         config = cast(DLoRConfig, self.peft_config[adapter_name])
+        adapted = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, DLoRLayer) and adapter_name in module.form
+        ]
         unmatched = [
-            key
-            for key in config.depth_pattern
-            if not any(get_pattern_key([key], name) == key for name in self.targeted_module_names)
+            key for key in config.depth_pattern if not any(get_pattern_key([key], name) == key for name in adapted)
         ]
         if unmatched:
             warnings.warn(
