@@ -1,0 +1,134 @@
+"""Text classification: accuracy on the test split, and a head that may learn at its own rate."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from transformers import DataCollatorWithPadding, EvalPrediction, Trainer
+
+from .batches import run_batches
+from .data import draw_rows, load_splits
+from .models import load_classifier, load_tokenizer
+from .probe import linear_probe
+from .schema import ClassificationSection, Recipe
+from .task import Comparison, Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import PreTrainedModel, TrainingArguments
+
+
+class ClassificationTask(Task[torch.Tensor]):
+    """Outputs are logits, (test rows, labels), float32."""
+
+    headline = "accuracy"
+
+    def __init__(self, recipe: Recipe) -> None:
+        assert isinstance(recipe.task, ClassificationSection)
+        self.recipe = recipe
+        self.section = recipe.task
+        splits = load_splits(recipe)
+        # max_rows may not draw every label: they are those of all training rows
+        self.labels = _label_names(splits["train"])
+        self.tokenizer = load_tokenizer(recipe.model)
+        self.rows = {name: self._encode(split, name) for name, split in draw_rows(splits, recipe).items()}
+        self.test = self.rows["test"].remove_columns("labels").to_list()
+
+    def load_model(self) -> PreTrainedModel:
+        return load_classifier(self.recipe.model, self.labels, self.tokenizer)
+
+    def baseline(self, model: Any) -> dict[str, Any] | None:
+        if self.section.baseline is None:
+            return None
+        embeddings = {
+            name: run_batches(model.embed, split.remove_columns("labels").to_list(), self.tokenizer, model.device)
+            for name, split in self.rows.items()
+        }
+        labels = {name: split["labels"][:] for name, split in self.rows.items()}
+        return linear_probe(embeddings, labels, self.recipe.seed)
+
+    def build_trainer(self, model: PeftModel, arguments: TrainingArguments) -> Trainer:
+        return _HeadRateTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=self.rows["train"],
+            eval_dataset=self.rows.get("dev"),
+            data_collator=DataCollatorWithPadding(self.tokenizer),
+            compute_metrics=_accuracy,
+            head_learning_rate=self.section.head_learning_rate,
+        )
+
+    def run(self, model: Any) -> torch.Tensor:
+        model.eval()
+        return run_batches(lambda **batch: model(**batch).logits, self.test, self.tokenizer, model.device)
+
+    def measure(self, trainer: Trainer, outputs: torch.Tensor) -> dict[str, float]:
+        labels = torch.tensor(self.rows["test"]["labels"][:])
+        return {
+            "accuracy": (outputs.argmax(-1) == labels).double().mean().item(),
+            "loss": F.cross_entropy(outputs, labels).item(),
+        }
+
+    def compare(self, trained: torch.Tensor, other: torch.Tensor) -> Comparison:
+        before, after = trained.argmax(-1), other.argmax(-1)
+        different = (before != after).nonzero().flatten().tolist()
+        first = ""
+        if different:
+            row = different[0]
+            first = f"test row {row} was {self.labels[before[row]]!r} and is {self.labels[after[row]]!r}"
+        difference = (trained - other).abs().max().item()
+        return Comparison(len(trained), len(different), first, difference, trained.abs().max().item())
+
+    def _encode(self, split: Dataset, name: str) -> Dataset:
+        index_of = {label: index for index, label in enumerate(self.labels)}
+        names = _as_names(split)
+        if unknown := sorted(set(names) - set(index_of)):
+            raise ValueError(f"data: labels of the {name} split that the train split lacks: {', '.join(unknown[:5])}.")
+        tokenize = lambda batch: self.tokenizer(batch["text"], truncation=True)  # noqa: E731
+        encoded = split.map(tokenize, batched=True, remove_columns=["text", "label"])
+        return encoded.add_column("labels", [index_of[label] for label in names])
+
+
+class _HeadRateTrainer(Trainer):
+    """The parameters that PEFT trains in full (modules_to_save) learn at `head_learning_rate`."""
+
+    def __init__(self, *args: Any, head_learning_rate: float | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.head_learning_rate = head_learning_rate
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.head_learning_rate is None:
+            return optimizer
+        assert self.model is not None
+        head = {parameter for name, parameter in self.model.named_parameters() if ".modules_to_save." in name}
+        for group in list(optimizer.param_groups):
+            moved = [parameter for parameter in group["params"] if parameter in head]
+            group["params"] = [parameter for parameter in group["params"] if parameter not in head]
+            if moved:
+                optimizer.add_param_group({**group, "params": moved, "lr": self.head_learning_rate})
+        return optimizer
+
+
+def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    assert isinstance(prediction.predictions, np.ndarray)
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def _label_names(split: Dataset) -> list[str]:
+    names = getattr(split.features["label"], "names", None)
+    if names:
+        return list(names)
+    values = set(split["label"])
+    if not all(isinstance(value, (str, int)) for value in values):
+        raise ValueError(f"data.columns.label: labels must be text or integers, but there are {list(values)[:5]}.")
+    return [str(value) for value in sorted(values)]
+
+
+def _as_names(split: Dataset) -> list[str]:
+    names = getattr(split.features["label"], "names", None)
+    return [names[value] if names else str(value) for value in split["label"]]

@@ -1,0 +1,106 @@
+"""The two sections whose fields belong to other libraries, checked against the dataclasses that define them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from .schema import Recipe
+from .sources import suggest
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import TrainingArguments
+
+TASK_TYPES = {"text-classification": "SEQ_CLS", "sft": "CAUSAL_LM"}
+TOP_LEVEL = ("output_dir", "seed")
+
+
+def build_adapter_config(recipe: Recipe) -> PeftConfig:
+    """The PEFT config of the adapter section; the task sets task_type where the recipe does not."""
+    from peft import TaskType
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    known = {peft_type.value: config_class for peft_type, config_class in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    peft_type = recipe.adapter.peft_type
+    if peft_type not in known:
+        raise ValueError(f"adapter.peft_type: {peft_type!r} is no registered PEFT method.{suggest(peft_type, known)}")
+    values = _check_fields(known[peft_type], recipe.adapter.model_extra or {}, "adapter")
+    values.setdefault("task_type", TaskType(TASK_TYPES[recipe.task.type]))
+    return _construct(known[peft_type], values, "adapter")
+
+
+def build_training_arguments(recipe: Recipe) -> TrainingArguments:
+    """TrainingArguments, or SFTConfig for sft; checkpoints go to `<output_dir>/checkpoints`."""
+    if recipe.task.type == "sft":
+        from trl import SFTConfig as arguments_class  # pyright: ignore[reportPrivateImportUsage]
+    else:
+        from transformers import TrainingArguments as arguments_class
+
+    for name in TOP_LEVEL:
+        if name in recipe.training:
+            raise ValueError(f"training.{name}: set the top-level {name} instead, and drop this one.")
+    values = _check_fields(arguments_class, recipe.training, "training")
+    checkpoints = Path(recipe.output_dir, "checkpoints")
+    return _construct(arguments_class, {**values, "output_dir": str(checkpoints), "seed": recipe.seed}, "training")
+
+
+def describe(error: ValidationError, values: Any, section: str = "") -> str:
+    """Pydantic's findings, one a line, each with its dotted key and the value that was given."""
+    lines = []
+    for found in error.errors():
+        loc = list(found["loc"])
+        if found["type"] == "unknown_key":
+            loc.append(found.get("ctx", {})["key"])
+        key = ".".join([section] * bool(section) + _path_in(values, loc))
+        problem = found["msg"].removeprefix("Value error, ")
+        if found["type"] == "missing":
+            problem = "required, but not given"
+        elif found["type"] not in ("unknown_key", "value_error"):
+            problem = f"{problem}, but it is {found['input']!r}"
+        lines.append(f"{key}: {problem.rstrip('.')}." if key else f"{problem.rstrip('.')}.")
+    return "\n".join(lines)
+
+
+def _path_in(values: Any, loc: list[Any]) -> list[str]:
+    # pydantic puts names of union members between the keys: keep what the recipe really holds, and the last part
+    path = []
+    for index, part in enumerate(loc):
+        inside = isinstance(values, dict) and part in values
+        if inside or (index == len(loc) - 1 and isinstance(values, dict)):
+            path.append(str(part))
+            values = values[part] if inside else None
+    return path
+
+
+def _check_fields(config_class: type, values: dict[str, Any], section: str) -> dict[str, Any]:
+    """`values` in the types of the dataclass's hints; unknown fields are an error that says how to drop them."""
+    known = {field.name for field in dataclasses.fields(config_class) if field.init} - {"peft_type", *TOP_LEVEL}
+    if unknown := [name for name in values if name not in known]:
+        first = unknown[0]
+        raise ValueError(
+            f"{', '.join(f'{section}.{name}' for name in unknown)}: no field of {config_class.__name__}. To drop, add "
+            f"{' '.join(f'{section}.{name}=' for name in unknown)} on the command line.{suggest(first, known)}"
+        )
+    hints = typing.get_type_hints(config_class)
+    fields: dict[str, Any] = {name: (hints[name], ...) for name in values}
+    config = ConfigDict(strict=True, arbitrary_types_allowed=True, protected_namespaces=())
+    checker: type[BaseModel] = create_model(config_class.__name__, __config__=config, **fields)
+    try:
+        # strict JSON rules suit YAML: 1 is a float and a list a set, but "1" is no number and true no integer
+        checked = checker.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        raise ValueError(describe(error, values, section)) from error
+    return {name: getattr(checked, name) for name in values}
+
+
+def _construct(config_class: type, values: dict[str, Any], section: str) -> Any:
+    try:
+        return config_class(**values)
+    except (TypeError, ValueError, ImportError) as error:
+        raise ValueError(f"{section}: {config_class.__name__} does not accept these values: {error}") from error

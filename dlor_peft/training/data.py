@@ -1,0 +1,82 @@
+"""The recipe's splits as `datasets.Dataset`s whose columns are named by their role."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .schema import DataSection, Recipe
+from .sources import suggest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv"}
+SFT_ROLES = (("text",), ("prompt", "completion"), ("messages",))
+
+
+def load_splits(recipe: Recipe) -> dict[str, Dataset]:
+    """All rows of every split that the recipe names.
+
+    Raises:
+        FileNotFoundError: a local file is missing.
+        ValueError: a file of unknown kind, or a column that a split does not have.
+    """
+    columns = _columns(recipe)
+    splits = _load_files(recipe.data) if recipe.data.files else _load_hub(recipe.data)
+    for name, split in splits.items():
+        for role, column in columns.items():
+            if column not in split.column_names:
+                raise ValueError(
+                    f"data.columns.{role}: the {name} split has no column {column!r}."
+                    f"{suggest(column, split.column_names, 'Its columns')}"
+                )
+        renames = {column: role for role, column in columns.items() if column != role}
+        splits[name] = split.select_columns(list(columns.values())).rename_columns(renames)
+    return splits
+
+
+def draw_rows(splits: dict[str, Dataset], recipe: Recipe) -> dict[str, Dataset]:
+    """At most data.max_rows rows of each split, drawn with the recipe's seed; all rows in order without it."""
+    count = recipe.data.max_rows
+    if count is None:
+        return splits
+    return {
+        name: split.shuffle(seed=recipe.seed).select(range(min(count, len(split)))) for name, split in splits.items()
+    }
+
+
+def _columns(recipe: Recipe) -> dict[str, str]:
+    given = {str(role): column for role, column in recipe.data.columns.items()}
+    if recipe.task.type == "sft":
+        columns = given or {"text": "text"}
+        if tuple(sorted(columns)) not in [tuple(sorted(roles)) for roles in SFT_ROLES]:
+            allowed = "; ".join(" and ".join(roles) for roles in SFT_ROLES)
+            raise ValueError(f"data.columns: sft reads one of: {allowed}. Given: {', '.join(columns)}.")
+        return columns
+    columns = {"text": "text", "label": "label", **given}
+    if extra := set(columns) - {"text", "label"}:
+        raise ValueError(f"data.columns: text-classification reads text and label; drop {', '.join(sorted(extra))}.")
+    return columns
+
+
+def _load_files(data: DataSection) -> dict[str, Dataset]:
+    from datasets import load_dataset
+
+    splits = {}
+    for name, file in data.files.items():
+        builder = BUILDERS.get(Path(file).suffix)
+        if builder is None:
+            raise ValueError(f"data.files.{name}: {file} is of no known kind. Known: {', '.join(BUILDERS)}.")
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"data.files.{name}: no file {file}.")
+        splits[name] = load_dataset(builder, data_files=file, split="train")
+    return splits
+
+
+def _load_hub(data: DataSection) -> dict[str, Dataset]:
+    from datasets import load_dataset
+
+    names = data.splits or {"train": "train", "test": "test"}
+    assert data.dataset is not None
+    return {str(name): load_dataset(data.dataset, data.name, split=split) for name, split in names.items()}

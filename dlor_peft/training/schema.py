@@ -1,0 +1,137 @@
+"""The recipe's sections. Each field is described once, in its attribute docstring."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic_core import PydanticCustomError
+
+from .sources import suggest
+
+Split = Literal["train", "dev", "test"]
+Role = Literal["text", "label", "prompt", "completion", "messages"]
+
+
+class Section(BaseModel):
+    """A mapping of known keys only; an unknown one is an error of type "unknown_key" that says what was meant."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_keys(cls, values: Any) -> Any:
+        is_closed = cls.model_config.get("extra") == "forbid"
+        for key in values if isinstance(values, dict) else ():
+            if is_closed and key not in cls.model_fields:
+                problem = f"unknown key.{suggest(key, cls.model_fields)}"
+                raise PydanticCustomError("unknown_key", "{problem}", {"problem": problem, "key": key})
+        return values
+
+
+class ModelSection(Section):
+    path: str
+    """Model to adapt: a hub id, a folder, or `package:NAME` for the `model/` folder of an installed Python package."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of the frozen weights; "auto" keeps the one they are stored in."""
+
+    pooling: Literal["mean"] | None = None
+    """Classification only. "mean" puts the head on normalised mean-pooled embeddings; without it transformers'
+    AutoModelForSequenceClassification is used."""
+
+    config: dict[str, Any] = {}
+    """Values of the model's own config to change, for example hidden_dropout_prob: 0.0."""
+
+
+class ClassificationSection(Section):
+    type: Literal["text-classification"]
+    """One label a text."""
+
+    baseline: Literal["linear-probe"] | None = None
+    """Baseline to report beside the adapter: logistic regression on the frozen encoder's embeddings (needs
+    model.pooling: mean and a dev split, which chooses its regularisation)."""
+
+    head_learning_rate: PositiveFloat | None = None
+    """Learning rate of the classification head; without it the head shares training.learning_rate."""
+
+
+class SftSection(Section):
+    type: Literal["sft"]
+    """Supervised fine-tuning of a causal language model with TRL."""
+
+    prompts: PositiveInt = 4
+    """Number of test rows that are continued greedily to compare the adapter's states."""
+
+    new_tokens: PositiveInt = 48
+    """Tokens generated for each prompt."""
+
+
+class DataSection(Section):
+    dataset: str | None = None
+    """Hub id of a data set. Give this or files."""
+
+    name: str | None = None
+    """Configuration of a hub data set."""
+
+    splits: dict[Split, str] = {}
+    """Names of a hub data set's splits, slices such as train[:90%] included. Default: train and test."""
+
+    files: dict[Split, str] = {}
+    """Local .jsonl, .json or .csv files. dev may be missing."""
+
+    columns: dict[Role, str] = {}
+    """Names of the columns: text and label for classification; text, prompt and completion, or messages for sft.
+    Default: each is named like its role, and sft reads text."""
+
+    max_rows: PositiveInt | None = None
+    """Rows of each split to draw, for a quick look."""
+
+    @model_validator(mode="after")
+    def _check_source(self) -> DataSection:
+        if (self.dataset is None) == (not self.files):
+            raise ValueError("give either dataset (a hub id) or files (train, dev, test), and not both")
+        if self.files and (self.splits or self.name):
+            raise ValueError("name and splits belong to dataset: drop them, or drop files")
+        given = self.files or self.splits or {"train", "test"}
+        if missing := {"train", "test"} - set(given):
+            raise ValueError(f"{'files' if self.files else 'splits'} lacks {', '.join(sorted(missing))}")
+        return self
+
+
+class AdapterSection(Section):
+    """The fields of the chosen method's PEFT config stand beside peft_type; `configs.py` checks them."""
+
+    model_config = ConfigDict(extra="allow")
+
+    peft_type: str = "DLOR"
+    """PEFT method: DLOR, LORA or any other registered one."""
+
+
+class Recipe(Section):
+    model: ModelSection
+    task: Annotated[ClassificationSection | SftSection, Field(discriminator="type")]
+    data: DataSection
+    adapter: AdapterSection
+    training: dict[str, Any] = {}
+    """Fields of transformers.TrainingArguments, or of trl.SFTConfig for sft; `configs.py` checks them."""
+
+    output_dir: str
+    """Folder for everything that the run writes, relative to the current folder."""
+
+    seed: NonNegativeInt = 0
+    """Seed of the weights, the batches and the rows that max_rows draws."""
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Recipe:
+        if self.model.pooling and self.task.type != "text-classification":
+            raise ValueError(f"model.pooling is for text-classification, but task.type is {self.task.type}: drop it")
+        if isinstance(self.task, ClassificationSection) and self.task.baseline:
+            if self.model.pooling != "mean":
+                raise ValueError("task.baseline: linear-probe needs model.pooling: mean")
+            if "dev" not in (self.data.files or self.data.splits):
+                raise ValueError("task.baseline: linear-probe needs a dev split in data")
+        return self

@@ -1,0 +1,51 @@
+"""The three states of an adapter - as trained, saved and reloaded, merged - must give the same outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from .task import Outputs, Task
+
+
+class StateMismatchError(Exception):
+    """The reloaded or merged adapter does not do what the trained one did: the saved artefact cannot be trusted."""
+
+
+def check_states(task: Task[Outputs], trained: Outputs, adapter: Path, device: torch.device) -> dict[str, Any]:
+    """The comparisons of the reloaded and of the merged state with the outputs of the trained one, by state.
+
+    `adapter` is reloaded into a fresh base model, and that one is merged. Methods that learn a prompt have no merged
+    state and are not asked for one.
+    """
+    model = PeftModel.from_pretrained(task.load_model(), str(adapter)).to(device)
+    facts = {"reloaded": _compare(task, trained, model, "reloaded", adapter)}
+    config = model.peft_config["default"]
+    if config.is_prompt_learning:
+        print(f"merged: {type(config).__name__} has no merged state")
+    else:
+        facts["merged"] = _compare(task, trained, model.merge_and_unload(), "merged", adapter)
+    return facts
+
+
+def _compare(task: Task[Outputs], trained: Outputs, model: Any, state: str, adapter: Path) -> dict[str, Any]:
+    comparison = task.compare(trained, task.run(model))
+    num_outputs, largest = comparison.num_outputs, comparison.max_abs_difference
+    # half the digits of the weights: far above what merging rounds away, far below what a wrong tensor does
+    allowed = torch.finfo(model.dtype).eps ** 0.5 * (comparison.max_abs_logit or 0.0)
+    finding = comparison.first_difference
+    if not finding and largest is not None and not largest <= allowed:
+        finding = f"a logit differs by {largest:.1e}, where rounding explains {allowed:.1e}"
+    if finding:
+        raise StateMismatchError(
+            f"the {state} adapter ({adapter}) is not the trained one: {comparison.num_different} of {num_outputs} "
+            f"outputs differ, {finding}. Do not use it. If the model is in bfloat16 or float16, rounding may be the "
+            f"reason: try model.dtype=float32."
+        )
+    note = "" if largest is None else f", largest logit difference {largest:.1e}"
+    print(f"{state}: {num_outputs} of {num_outputs} outputs as trained{note}")
+    return {name: value for name, value in dataclasses.asdict(comparison).items() if name != "first_difference"}

@@ -1,0 +1,62 @@
+"""What `run.py` asks of a task."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+Outputs = TypeVar("Outputs")
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """How one state's outputs compare with the trained adapter's."""
+
+    num_outputs: int
+    num_different: int
+    """Predictions or generations that are not identical."""
+
+    first_difference: str
+    """What differs first, in words; empty where no output does."""
+
+    max_abs_difference: float | None = None
+    """Largest difference of two logits, where the task has them."""
+
+    max_abs_logit: float | None = None
+    """The largest of the trained adapter's logits."""
+
+
+class Task(ABC, Generic[Outputs]):
+    """Constructed from a recipe, it has loaded and checked the data; it loads models on demand."""
+
+    headline: ClassVar[str]
+    """Name of the metric that is plotted."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    @abstractmethod
+    def load_model(self) -> PreTrainedModel:
+        """A fresh base model in evaluation mode."""
+
+    @abstractmethod
+    def build_trainer(self, model: PeftModel, arguments: TrainingArguments) -> Trainer: ...
+
+    @abstractmethod
+    def run(self, model: Any) -> Outputs:
+        """The model's outputs on the test split: what the states must agree on."""
+
+    @abstractmethod
+    def measure(self, trainer: Trainer, outputs: Outputs) -> dict[str, float]:
+        """Metrics of the trainer's model on the test split; `outputs` are that model's."""
+
+    @abstractmethod
+    def compare(self, trained: Outputs, other: Outputs) -> Comparison: ...
+
+    def baseline(self, model: Any) -> dict[str, Any] | None:
+        """Metrics of the baseline that the recipe asks for, from the frozen model."""
+        return None
