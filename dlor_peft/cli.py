@@ -15,7 +15,7 @@ A recipe is a YAML file with the keys model, task, data, adapter, training, outp
 be overridden, nested ones by dotted keys; the values are YAML:
 
   dlor train                                            the quickstart: BANKING77, a few CPU minutes
-  dlor train quickstart adapter.r=4 output_dir=out/r4   other values
+  dlor train quickstart adapter.r=4 output_dir=runs/r4   other values
   dlor train quickstart adapter.peft_type=LORA          another PEFT method
   dlor train my.yaml adapter.mode=                      an empty value drops a key: its default applies
   dlor train my.yaml training.learning_rate=1e-3 'adapter.target_modules=[q_proj, v_proj]'
@@ -27,7 +27,7 @@ DLOR_TRACEBACK=1 shows where.
 """
 
 INSPECT_EPILOG = """\
-  dlor inspect out/adapter
+  dlor inspect runs/quickstart/adapter
 
 Reads adapter_config.json and adapter_model.safetensors only. max |delta| is the largest entry of the diagonals, ||U||
 and ||V|| are Frobenius norms: where they are 0, nothing was learned.

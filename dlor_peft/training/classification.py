@@ -12,7 +12,7 @@ from transformers import DataCollatorWithPadding, EvalPrediction, Trainer
 from .batches import run_batches
 from .data import draw_rows, load_splits
 from .models import load_classifier, load_tokenizer
-from .probe import linear_probe
+from .probe import linear_probe, probe_head
 from .schema import ClassificationSection, Recipe
 from .task import Comparison, Task
 
@@ -41,15 +41,17 @@ class ClassificationTask(Task[torch.Tensor]):
     def load_model(self) -> PreTrainedModel:
         return load_classifier(self.recipe.model, self.labels, self.tokenizer)
 
-    def baseline(self, model: Any) -> dict[str, Any] | None:
-        if self.section.baseline is None:
+    def prepare(self, model: Any) -> dict[str, Any] | None:
+        if self.section.baseline is None and self.section.head_from_probe is None:
             return None
         embeddings = {
             name: run_batches(model.embed, split.remove_columns("labels").to_list(), self.tokenizer, model.device)
             for name, split in self.rows.items()
         }
-        labels = {name: split["labels"][:] for name, split in self.rows.items()}
-        return linear_probe(embeddings, labels, self.recipe.seed)
+        labels = {name: torch.tensor(split["labels"][:]) for name, split in self.rows.items()}
+        if self.section.head_from_probe is not None:
+            model.set_head(*probe_head(embeddings, labels, self.section.head_from_probe, len(self.labels)))
+        return linear_probe(embeddings, labels) if self.section.baseline else None
 
     def build_trainer(self, model: PeftModel, arguments: TrainingArguments) -> Trainer:
         return _HeadRateTrainer(

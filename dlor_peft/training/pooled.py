@@ -55,6 +55,12 @@ class MeanPooledClassifier(PreTrainedModel):
         # normalising makes the mean's division by the number of tokens needless
         return F.normalize((hidden * mask).sum(1), dim=-1)
 
+    @torch.no_grad()
+    def set_head(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        """logits = embed(x) weight^T + bias from now on: weight (labels, hidden), bias (labels,)."""
+        self.classifier.weight.copy_(weight / self.config.scale)
+        self.classifier.bias.copy_(bias / self.config.scale)
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,

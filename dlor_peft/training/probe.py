@@ -2,26 +2,50 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+from torch import Tensor
 
-REGULARISATIONS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
+
+REGULARISATIONS = (3.0, 10.0, 30.0, 100.0)
+
+Splits = dict[str, Tensor]
+"""Embeddings (rows, hidden), or labels (rows,), by split."""
 
 
-def linear_probe(
-    embeddings: dict[str, torch.Tensor], labels: dict[str, list[int]], seed: int
-) -> dict[str, str | float]:
-    """Test accuracy of a logistic regression on (rows, hidden) embeddings, its C chosen on the dev split."""
+def linear_probe(embeddings: Splits, labels: Splits) -> dict[str, str | float]:
+    """Test accuracy of a logistic regression on the embeddings, its C chosen on the dev split."""
+    probes = [_fit(embeddings, labels, C) for C in REGULARISATIONS]
+    best = max(probes, key=lambda probe: _accuracy(probe, embeddings, labels, "dev"))
+    return {"name": "linear-probe", "C": best.C, "accuracy": _accuracy(best, embeddings, labels, "test")}
+
+
+def probe_head(embeddings: Splits, labels: Splits, C: float, num_labels: int) -> tuple[Tensor, Tensor]:
+    """Weight (num_labels, hidden) and bias (num_labels,) of a logistic regression on the train split.
+
+    Labels that no row has get zeros.
+    """
+    probe = _fit(embeddings, labels, C)
+    coefficients, intercepts = torch.from_numpy(probe.coef_), torch.from_numpy(probe.intercept_)
+    classes = torch.from_numpy(probe.classes_)
+    if len(classes) == 2:
+        # scikit-learn then has one row, the difference of the two
+        classes = classes[1:]
+    weight = torch.zeros(num_labels, coefficients.shape[1]).index_copy_(0, classes, coefficients.float())
+    return weight, torch.zeros(num_labels).index_copy_(0, classes, intercepts.float())
+
+
+def _fit(embeddings: Splits, labels: Splits, C: float) -> LogisticRegression:
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
-        raise ImportError(
-            "task.baseline: linear-probe needs scikit-learn: pip install dlor-peft[quickstart]"
-        ) from error
+        raise ImportError("task: a linear probe needs scikit-learn: pip install dlor-peft[quickstart]") from error
 
-    features = {name: split.numpy() for name, split in embeddings.items()}
-    probes = [
-        LogisticRegression(C=c, max_iter=1_000, random_state=seed).fit(features["train"], labels["train"])
-        for c in REGULARISATIONS
-    ]
-    best = max(probes, key=lambda probe: probe.score(features["dev"], labels["dev"]))
-    return {"name": "linear-probe", "C": best.C, "accuracy": float(best.score(features["test"], labels["test"]))}
+    return LogisticRegression(C=C, max_iter=1_000).fit(embeddings["train"].numpy(), labels["train"].numpy())
+
+
+def _accuracy(probe: LogisticRegression, embeddings: Splits, labels: Splits, split: str) -> float:
+    return float(probe.score(embeddings[split].numpy(), labels[split].numpy()))

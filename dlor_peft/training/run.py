@@ -50,7 +50,7 @@ def _train(recipe: Recipe, task: Task[Any], folder: RunFolder, clock: _Clock) ->
     with clock("model"):
         base = task.load_model()
     with clock("baseline"):
-        baseline = task.baseline(base)
+        baseline = task.prepare(base)
     model = get_peft_model(base, build_adapter_config(recipe))
     parameters = trainable_parameters(model)
     print(parameter_table(parameters))

@@ -55,6 +55,10 @@ class ClassificationSection(Section):
     """Baseline to report beside the adapter: logistic regression on the frozen encoder's embeddings (needs
     model.pooling: mean and a dev split, which chooses its regularisation)."""
 
+    head_from_probe: PositiveFloat | None = None
+    """Start the head from a logistic regression with this C on the frozen encoder's embeddings, as in "linear probing,
+    then fine-tuning" (arXiv 2202.10054); without it the head starts at random. Needs model.pooling: mean."""
+
     head_learning_rate: PositiveFloat | None = None
     """Learning rate of the classification head; without it the head shares training.learning_rate."""
 
@@ -129,9 +133,11 @@ class Recipe(Section):
     def _check_combinations(self) -> Recipe:
         if self.model.pooling and self.task.type != "text-classification":
             raise ValueError(f"model.pooling is for text-classification, but task.type is {self.task.type}: drop it")
-        if isinstance(self.task, ClassificationSection) and self.task.baseline:
-            if self.model.pooling != "mean":
+        if isinstance(self.task, ClassificationSection):
+            if self.task.head_from_probe and self.model.pooling != "mean":
+                raise ValueError("task.head_from_probe needs model.pooling: mean")
+            if self.task.baseline and self.model.pooling != "mean":
                 raise ValueError("task.baseline: linear-probe needs model.pooling: mean")
-            if "dev" not in (self.data.files or self.data.splits):
+            if self.task.baseline and "dev" not in (self.data.files or self.data.splits):
                 raise ValueError("task.baseline: linear-probe needs a dev split in data")
         return self

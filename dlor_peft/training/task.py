@@ -57,6 +57,6 @@ class Task(ABC, Generic[Outputs]):
     @abstractmethod
     def compare(self, trained: Outputs, other: Outputs) -> Comparison: ...
 
-    def baseline(self, model: Any) -> dict[str, Any] | None:
-        """Metrics of the baseline that the recipe asks for, from the frozen model."""
+    def prepare(self, model: Any) -> dict[str, Any] | None:
+        """Before the model is adapted: its head's start, and the metrics of the baseline that the recipe asks for."""
         return None

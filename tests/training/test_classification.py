@@ -4,8 +4,11 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from samples import TOPICS, write_rows
+from sklearn.linear_model import LogisticRegression
 
 from dlor_peft.cli import main
+from dlor_peft.training.batches import run_batches
 from dlor_peft.training.classification import ClassificationTask
 from dlor_peft.training.configs import build_adapter_config, build_training_arguments
 from dlor_peft.training.recipe import load_recipe
@@ -78,6 +81,26 @@ def test_the_linear_probe_is_reported(write_recipe, tmp_path, capsys):
     assert baseline["name"] == "linear-probe"
     assert baseline["accuracy"] > 0.5
     assert "linear-probe" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("num_labels", [2, 4])
+def test_the_head_starts_from_the_probe(write_recipe, tmp_path, num_labels):
+    path = write_recipe()
+    for name in ("train", "dev", "test"):
+        file = tmp_path / f"{name}.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        write_rows(file, [row for row in rows if row["label"] in list(TOPICS)[:num_labels]])
+    recipe, _ = load_recipe(str(path), ["task.head_from_probe=10.0"])
+    task = ClassificationTask(recipe)
+    model = task.load_model()
+    embeddings = run_batches(model.embed, task.test, task.tokenizer, model.device)
+    assert task.prepare(model) is None
+    train = run_batches(
+        model.embed, task.rows["train"].remove_columns("labels").to_list(), task.tokenizer, model.device
+    )
+    probe = LogisticRegression(C=10.0, max_iter=1_000).fit(train.numpy(), task.rows["train"]["labels"][:])
+    expected = torch.from_numpy(probe.predict_log_proba(embeddings.numpy())).float()
+    torch.testing.assert_close(task.run(model).log_softmax(-1), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("tensor", ["dlor_diag", "dlor_U", "classifier"])

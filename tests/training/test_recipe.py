@@ -27,6 +27,7 @@ from dlor_peft.training.sources import packaged_recipes
         (["data.files.test="], r"^data: files lacks test\."),
         (["data.files.val=x"], r"^data\.files\.val.*'train', 'dev' or 'test'"),
         (["data.max_rows=0"], r"^data\.max_rows: .*greater than 0"),
+        (["task.head_from_probe=3.0", "model.pooling="], r"^task\.head_from_probe needs model\.pooling: mean"),
         (["task.baseline=linear-probe", "model.pooling="], r"^task\.baseline: linear-probe needs model\.pooling"),
         (["task.baseline=linear-probe", "data.files.dev="], r"^task\.baseline: linear-probe needs a dev split"),
         (["task=sft"], r"^model\.pooling is for text-classification"),
