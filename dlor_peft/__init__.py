@@ -33,7 +33,8 @@ def _is_command_line() -> bool:
     script = next(iter(sys.argv), "")
     if script == "-m":
         return "dlor_peft.cli" in sys.orig_argv
-    return os.path.splitext(script)[0] == os.path.join(sysconfig.get_path("scripts"), "dlor")
+    own = os.path.join(sysconfig.get_path("scripts"), "dlor")
+    return os.path.splitext(os.path.realpath(script))[0] == os.path.realpath(own)
 
 
 if not _is_command_line():

@@ -107,15 +107,14 @@ def _train(arguments: argparse.Namespace) -> int:
     dlor_peft.register()
     try:
         from .training.recipe import explain, load_recipe
-    except ModuleNotFoundError as error:
-        raise ImportError(f"dlor train needs {error.name}: pip install dlor-peft[train]") from error
+        from .training.run import train
 
-    recipe, sources = load_recipe(name, words)
+        recipe, sources = load_recipe(name, words)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"dlor train needs {error.name}: install dlor-peft with its extra 'train'") from error
     if arguments.explain:
         print(explain(recipe, sources))
         return 0
-    from .training.run import train
-
     train(recipe, overwrite=arguments.overwrite)
     return 0
 

@@ -40,14 +40,17 @@ def add_weighted_adapter(
             f'dlor_peft.combine: "cat" needs adapters of one mode and one side other than "both", whose sum has that '
             f'form again; {", ".join(adapters)} have not. Use combination_type="svd".'
         )
+    ranks = [layer.residual(name).U.shape[1] for layer in layers.values() for name in _on(layer, adapters)]
+    rank = svd_rank or max(ranks)
+    if combination_type == "svd" and rank == 0 and side is None:
+        raise ValueError("dlor_peft.combine: adapters of rank 0 suggest no rank for their sum: pass svd_rank.")
+    sums = {}
     with torch.no_grad():
-        add = _sum_of_updates if side is None else _sum_of_residuals
-        sums = {name: add(layer, adapters, weights) for name, layer in layers.items()}
-        if combination_type == "svd":
-            ranks = [layer.residual(name).U.shape[1] for layer in layers.values() for name in _on(layer, adapters)]
-            if svd_rank is None and side is None and not any(ranks):
-                raise ValueError("dlor_peft.combine: adapters of rank 0 suggest no rank for their sum: pass svd_rank.")
-            sums = {name: _truncate(residual, svd_rank or max(ranks)) for name, residual in sums.items()}
+        for name, layer in layers.items():
+            add = _sum_of_updates if side is None else _sum_of_residuals
+            residual = add(layer, adapters, weights)
+            # layer by layer: a dense sum is as large as its weight
+            sums[name] = _truncate(residual, rank) if combination_type == "svd" else residual
     model.peft_config[adapter_name] = _config(model, adapters, sums, side)
     try:
         model.inject_adapter(model.model, adapter_name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -178,6 +179,10 @@ class DLoRConfig(PeftConfig):
     def _check_layers(self) -> None:
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             _check_items(name, getattr(self, name), str, "a string", alone=True)
+        for name in ("target_modules", "exclude_modules", "rank_pattern", "depth_pattern"):
+            value = getattr(self, name)
+            for pattern in [value] if isinstance(value, str) else value if isinstance(value, dict) else ():
+                _check_regex(name, pattern)
         _check_items("modules_to_save", self.modules_to_save, str, "a string", alone=False)
         _check_items("layers_to_transform", self.layers_to_transform, int, "a layer index", alone=True)
         tokens = self.trainable_token_indices
@@ -214,11 +219,24 @@ def _check_choice(name: str, value: Any, known: Iterable[str]) -> None:
 
 
 def _check_items(name: str, value: Any, kind: type, what: str, alone: bool) -> None:
-    if value is None or (alone and isinstance(value, kind)):
+    if value is None:
         return
+    if alone and isinstance(value, kind):
+        value = [value]
     if not isinstance(value, list | set | tuple) or not all(isinstance(item, kind) for item in value):
         allowed = f"a list, each item {what}" + (f", or {what} alone" if alone else "")
         raise _error(TypeError, name, value, allowed, "Write it as a list.")
+    for number in value if kind is int else ():
+        _check_integer(name, number, 0)
+
+
+def _check_regex(name: str, pattern: Any) -> None:
+    if not isinstance(pattern, str):
+        raise _error(TypeError, name, pattern, "a module name or a regex", "Write it as a string.")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise _error(ValueError, name, pattern, f"a regex ({error})", "Escape what is meant literally.") from error
 
 
 def _check_integer(name: str, value: Any, lowest: int) -> None:

@@ -13,7 +13,12 @@ T = TypeVar("T")
 
 def document_fields(cls: type[T]) -> type[T]:
     """Fill `metadata["help"]` of every field, where HfArgumentParser looks for it, from its attribute docstring."""
-    (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    try:
+        source = inspect.getsource(cls)
+    except OSError:
+        # a frozen application has no source, and no use for help texts
+        return cls
+    (body,) = ast.parse(textwrap.dedent(source)).body
     assert isinstance(body, ast.ClassDef)
     help_texts = {}
     for statement, following in pairwise(body.body):

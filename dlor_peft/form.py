@@ -96,13 +96,17 @@ class Form:
             q = q + step + q * step
         return Residual(None if self.diagonal == "none" else q, U, V)
 
-    def forward(
-        self, residual: Residual, x: Tensor, base: Map, bias: Tensor | None, scale: float, dropout: Map
-    ) -> Tensor:
-        """x W'^T + b, with base(x) = x W^T + b; x (..., I), the result (..., O) has the dtype of base(x).
+    @property
+    def acts_on_output(self) -> bool:
+        """Whether W x itself, without the bias of the layer, is scaled or multiplied."""
+        return self.side in ("output", "both")
 
-        `base` may itself be an adapted layer. Dropout acts on the input of the update, never on the path through the
-        frozen weight. Side "both" calls `base` a second time where scale is not 1.
+    def forward(self, residual: Residual, x: Tensor, base: Map, scale: float, dropout: Map) -> Tensor:
+        """x W'^T, with base(x) = x W^T; x (..., I), the result (..., O) has the dtype of base(x).
+
+        `base` may itself be an adapted layer, and may add a bias unless the form acts on the output. Dropout acts on
+        the input of the update, never on the path through the frozen weight. Side "both" calls `base` a second time
+        where scale is not 1.
         """
         q, U, V, q_in = residual
         if self.mode == "additive":
@@ -111,15 +115,15 @@ class Form:
             return base(update(x, dropout(x), q, U, V, scale))
         if self.mode == "multiplicative":
             y = base(x)
-            return update(y, dropout(_subtract(y, bias)), q, U, V, scale)
+            return update(y, dropout(y), q, U, V, scale)
         if self.side == "both" and scale != 1:
-            return torch.lerp(base(x), self.forward(residual, x, base, bias, 1.0, dropout), scale)
+            return torch.lerp(base(x), self.forward(residual, x, base, 1.0, dropout), scale)
         on_input = q if self.side == "input" else q_in
         on_output = None if self.side == "input" else q
         dropped = dropout(x)
         y = base(x if on_input is None else update(x, dropped, on_input, scale=scale))
         if on_output is not None:
-            y = update(y, dropout(_subtract(y, bias)), on_output, scale=scale)
+            y = update(y, dropout(y), on_output, scale=scale)
         return update(y, dropped, None, U, V, scale) if self.r else y
 
     def delta_weight(self, residual: Residual, W: Tensor, scale: float) -> Tensor:
@@ -137,7 +141,3 @@ class Form:
         if q_in is not None:
             gain = gain + q_in + gain * q_in
         return (gain * W + U @ V.T) * scale
-
-
-def _subtract(y: Tensor, bias: Tensor | None) -> Tensor:
-    return y if bias is None else y - bias.to(y.dtype)

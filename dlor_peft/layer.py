@@ -11,12 +11,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from peft.utils import resolve_quantization_backend
 from peft.utils.other import transpose
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from .config import DLoRConfig
 from .form import Form, Map, Residual
 
 
-class Factor(nn.Module):
+class StackedWeight(nn.Module):
     """One stacked tensor as `.weight`, the leaf module that sharding and hot-swapping look for. Calls return it."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
@@ -70,7 +71,7 @@ class DLoRLayer(BaseTunerLayer):
             if adapter_name in tensors:
                 del tensors[adapter_name]
             if name in form.shapes:
-                tensors[adapter_name] = Factor(form.shapes[name])
+                tensors[adapter_name] = StackedWeight(form.shapes[name])
         self.reset_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -221,33 +222,44 @@ class Linear(nn.Module, DLoRLayer):
         """
         adapter_names = kwargs.pop("adapter_names", None)
         self._check_adapter_names(x, adapter_names)
-        base = partial(self._base, args=args, kwargs=kwargs)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return base(x)
-        if adapter_names is not None:
-            return self._mixed_batch_forward(x, adapter_names, base)
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names:
+            return self._mixed_batch_forward(x, adapter_names, args, kwargs)
         if self.merged:
-            return base(x)
-        return self._adapted(self.active_adapters, base)(x)
+            return self.base_layer(x, *args, **kwargs)
+        return self._adapted_forward(x, self.active_adapters, args, kwargs)
 
-    def _base(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        return self.base_layer(x, *args, **kwargs)
+    def _adapted_forward(self, x: Tensor, adapter_names: list[str], args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        names = [name for name in adapter_names if name in self.form]
+        # adding the bias last keeps it out of what the adapters multiply
+        bias = self._bias(x) if any(self.form[name].acts_on_output for name in names) else None
+        base: Map = partial(self._base, bias=bias, args=args, kwargs=kwargs)
+        for name in names:
+            form, scale, dropout = self.form[name], self.scaling[name], self.dlor_dropout[name]
+            base = partial(form.forward, self.residual(name), base=base, scale=scale, dropout=dropout)
+        y = base(x)
+        return y if bias is None else y + bias.to(y.dtype)
 
-    def _adapted(self, adapter_names: list[str], base: Map) -> Map:
+    def _base(self, x: Tensor, bias: Tensor | None, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """x W^T where a bias is given, else what the base layer returns."""
+        layer = self.base_layer
+        if bias is None:
+            return layer(x, *args, **kwargs)
+        if _is_plain(layer) and not args and not kwargs:
+            # subtracting the bias again would cost the digits that it covers in half precision
+            return x @ self.weight if self.fan_in_fan_out else nn.functional.linear(x, self.weight)
+        y = layer(x, *args, **kwargs)
+        return y - bias.to(y.dtype)
+
+    def _bias(self, x: Tensor) -> Tensor | None:
         bias = self.bias
-        for name in adapter_names:
-            if name in self.form:
-                base = partial(
-                    self.form[name].forward,
-                    self.residual(name),
-                    base=base,
-                    bias=bias,
-                    scale=self.scaling[name],
-                    dropout=self.dlor_dropout[name],
-                )
-        return base
+        if bias is None or not bias.is_meta or x.is_meta:
+            return bias
+        # offloaded: the bias exists only while the base layer runs
+        return self.base_layer(x.new_zeros(1, self.in_features))[0]
 
     def _check_adapter_names(self, x: Tensor, adapter_names: list[str] | None) -> None:
         if adapter_names is None:
@@ -262,11 +274,11 @@ class Linear(nn.Module, DLoRLayer):
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
 
-    def _mixed_batch_forward(self, x: Tensor, adapter_names: list[str], base: Map) -> Tensor:
+    def _mixed_batch_forward(self, x: Tensor, adapter_names: list[str], args: tuple, kwargs: dict[str, Any]) -> Tensor:
         rows: dict[str, list[int]] = {}
         for row, name in enumerate(adapter_names):
             rows.setdefault(name, []).append(row)
-        parts = [self._adapted([name], base)(x[indices]) for name, indices in rows.items()]
+        parts = [self._adapted_forward(x[indices], [name], args, kwargs) for name, indices in rows.items()]
         order = torch.tensor([row for indices in rows.values() for row in indices], device=x.device)
         return torch.cat(parts)[order.argsort()]
 
@@ -278,3 +290,12 @@ class Linear(nn.Module, DLoRLayer):
 
     def __repr__(self) -> str:
         return "dlor." + super().__repr__()
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether calling `layer` is its weight and bias and nothing else: no hook, no other class, no sharded weight."""
+    return (
+        type(layer) in (nn.Linear, Conv1D)
+        and type(layer.weight) is nn.Parameter
+        and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
+    )

@@ -120,6 +120,14 @@ class DLoRModel(BaseTuner):
             )
         return Linear(target, adapter_name, r, depth, config, fan_in_fan_out, **quantization_kwargs)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # the base class hands the weight of the old module to a new one that wraps nothing: when an adapted module is
+        # unloaded the new one has its own already
+        if isinstance(new_module, DLoRLayer):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            setattr(parent, child_name, new_module)
+
     def add_weighted_adapter(
         self,
         adapters: Sequence[str],

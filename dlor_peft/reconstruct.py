@@ -215,6 +215,6 @@ def _import_schur():
     except ImportError as error:
         raise ImportError(
             "dlor_peft.reconstruct.factorise_product needs scipy for the real Schur form: "
-            "pip install dlor-peft[factorise]"
+            "install dlor-peft with its extra 'factorise'"
         ) from error
     return schur

@@ -12,7 +12,7 @@ def test_a_card_is_made_where_there_is_none(tmp_path):
     add_usage(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     assert "import dlor_peft" in card.text
-    assert "pip install dlor-peft" in card.text
+    assert "the Python package dlor-peft" in card.text
     assert card.data.library_name == "peft"
 
 

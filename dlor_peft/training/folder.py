@@ -27,8 +27,8 @@ class RunFolder:
         self.recipe = self.path / "recipe.yaml"
         self.metrics = self.path / "metrics.json"
 
-    def check(self) -> None:
-        """Nothing that a run would replace belongs to somebody else.
+    def check(self, overwrite: bool) -> None:
+        """Nothing that a run would replace belongs to somebody else, nor, without `overwrite`, to an unfinished run.
 
         Raises:
             ValueError: output_dir is a file, or holds such a thing.
@@ -36,6 +36,11 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"output_dir: {self.path} is a file. Give a folder: output_dir=OTHER.")
         if self.recipe.is_file() and self.recipe.read_text(encoding="utf-8").startswith(MARK):
+            if not overwrite and not self.metrics.is_file() and any(self.checkpoints.glob("checkpoint-*")):
+                raise ValueError(
+                    f"output_dir: {self.checkpoints} holds the checkpoints of an unfinished run. Choose another "
+                    "folder (output_dir=OTHER), or run with --overwrite to replace it."
+                )
             return
         for path in (self.adapter, self.checkpoints, self.curves, self.recipe, self.metrics):
             if path.exists():
@@ -77,7 +82,7 @@ class RunFolder:
 
     def write_metrics(self, results: dict[str, Any]) -> None:
         with atomic(self.metrics) as partial:
-            partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            partial.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 @contextmanager

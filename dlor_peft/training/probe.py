@@ -10,7 +10,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
 
-REGULARISATIONS = (3.0, 10.0, 30.0, 100.0)
+REGULARISATIONS = (3.0, 10.0, 20.0, 30.0, 50.0, 100.0)
 
 Splits = dict[str, Tensor]
 """Embeddings (rows, hidden), or labels (rows,), by split."""
@@ -42,7 +42,9 @@ def _fit(embeddings: Splits, labels: Splits, C: float) -> LogisticRegression:
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
-        raise ImportError("task: a linear probe needs scikit-learn: pip install dlor-peft[quickstart]") from error
+        raise ImportError(
+            "task: a linear probe needs scikit-learn: install dlor-peft with its extra 'quickstart'"
+        ) from error
 
     return LogisticRegression(C=C, max_iter=1_000).fit(embeddings["train"].numpy(), labels["train"].numpy())
 

@@ -7,6 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from matplotlib.figure import Figure
+
 from dlor_peft.inspect_adapter import format_table
 
 from .folder import atomic
@@ -63,11 +65,6 @@ def result_table(results: dict[str, Any]) -> str:
 
 def save_curves(path: Path, history: list[dict[str, float]], results: dict[str, Any], headline: str) -> None:
     """A PNG: the loss while training, and the headline metric before, while and after."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("curves.png needs matplotlib: pip install dlor-peft[train]") from error
-
     figure = Figure(figsize=(10, 4), layout="constrained")
     losses, metrics = figure.subplots(1, 2)
     losses.plot(*_series(history, "loss"), label="train")

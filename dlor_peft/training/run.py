@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from transformers import set_seed
 
 from .configs import build_adapter_config, build_training_arguments
 from .folder import RunFolder, atomic
+from .load import save_base
 from .report import installed_versions, parameter_table, result_table, save_curves, trainable_parameters
 from .schema import Recipe
 from .states import check_states
@@ -24,11 +26,12 @@ def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
     A finished run of the same recipe is not repeated unless `overwrite`.
 
     Raises:
-        ValueError, FileNotFoundError: before anything is written, where the recipe, its data or output_dir is wrong.
+        ValueError, FileNotFoundError: before anything is written, where the recipe, its data or output_dir is wrong;
+            after training and before anything is saved, where it diverged.
         StateMismatchError: the reloaded or merged adapter differs; metrics.json is not written.
     """
     folder = RunFolder(recipe.output_dir)
-    folder.check()
+    folder.check(overwrite)
     finished = None if overwrite else folder.finished_results(recipe)
     if finished:
         print(f"{folder.metrics} is of a finished run of this recipe; --overwrite runs it again")
@@ -37,7 +40,6 @@ def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
     clock = _Clock()
     with clock("data"):
         task = _build_task(recipe)
-    folder.create(recipe)
     results = _train(recipe, task, folder, clock)
     folder.write_metrics(results)
     print(result_table(results))
@@ -54,7 +56,12 @@ def _train(recipe: Recipe, task: Task[Any], folder: RunFolder, clock: _Clock) ->
     model = get_peft_model(base, build_adapter_config(recipe))
     parameters = trainable_parameters(model)
     print(parameter_table(parameters))
-    trainer = task.build_trainer(model, build_training_arguments(recipe))
+    try:
+        trainer = task.build_trainer(model, build_training_arguments(recipe))
+    except RuntimeError as error:
+        raise ValueError(f"training: the trainer refuses these values: {error}") from error
+    # everything that a recipe can get wrong has been built: from here on an earlier run is replaced
+    folder.create(recipe)
     with clock("before"):
         before = task.measure(trainer, task.run(model))
     with clock("training"):
@@ -62,9 +69,11 @@ def _train(recipe: Recipe, task: Task[Any], folder: RunFolder, clock: _Clock) ->
     with clock("after"):
         trained = task.run(model)
         after = task.measure(trainer, trained)
+    _check_finite(after)
     with clock("save"), atomic(folder.adapter) as partial:
         model.save_pretrained(str(partial))
         task.tokenizer.save_pretrained(partial)
+        save_base(partial, recipe.model, task.labels)
     with clock("states"):
         states = check_states(task, trained, folder.adapter, model.device)
     results = {
@@ -90,6 +99,15 @@ def _build_task(recipe: Recipe) -> Task[Any]:
     from .classification import ClassificationTask
 
     return ClassificationTask(recipe)
+
+
+def _check_finite(metrics: dict[str, float]) -> None:
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise ValueError(
+                f"training diverged: the test {name} is {value}. Nothing was saved. Lower training.learning_rate, or "
+                "raise training.warmup_steps."
+            )
 
 
 class _Clock:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,7 +53,7 @@ class SftTask(Task[list[list[int]]]):
         # TRL tokenizes raw rows here as it does for training
         test: Any = self.rows["test"]
         loss = trainer.evaluate(test, metric_key_prefix="test")["test_loss"]
-        return {"loss": loss, "perplexity": math.exp(loss)}
+        return {"loss": loss, "perplexity": torch.tensor(loss).double().exp().item()}
 
     def compare(self, trained: list[list[int]], other: list[list[int]]) -> Comparison:
         different = [index for index, pair in enumerate(zip(trained, other, strict=True)) if pair[0] != pair[1]]

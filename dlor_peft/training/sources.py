@@ -16,7 +16,12 @@ DEFAULT = "default"
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """PyYAML, but 1e-3 is a number as in YAML 1.2, and a key that stands twice is an error."""
+    """PyYAML, but 1e-3 is a number and no is a word as in YAML 1.2, and a key that stands twice is an error."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -28,6 +33,7 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"true|True|false|False$"), list("tTfF"))
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$"),
@@ -49,8 +55,9 @@ def parse_yaml(text: str, where: str) -> Any:
 def packaged_recipes() -> dict[str, Path]:
     """The recipes that come with dlor-peft, by name: beside the package in a checkout, inside it in a wheel."""
     package = Path(__file__).parents[1]
-    folders = [package / "recipes", package.parent / "recipes"]
-    return {path.stem: path for folder in folders if folder.is_dir() for path in sorted(folder.glob("*.yaml"))}
+    inside = package / "recipes"
+    folder = inside if inside.is_dir() else package.parent / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def find_recipe(name: str) -> Path:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 
+from .load import load_trained
 from .task import Outputs, Task
 
 
@@ -22,7 +22,7 @@ def check_states(task: Task[Outputs], trained: Outputs, adapter: Path, device: t
     `adapter` is reloaded into a fresh base model, and that one is merged. Methods that learn a prompt have no merged
     state and are not asked for one.
     """
-    model = PeftModel.from_pretrained(task.load_model(), str(adapter)).to(device)
+    model = load_trained(adapter)[0].to(device)
     facts = {"reloaded": _compare(task, trained, model, "reloaded", adapter)}
     config = model.peft_config["default"]
     if config.is_prompt_learning:

@@ -39,6 +39,9 @@ class Task(ABC, Generic[Outputs]):
 
     tokenizer: PreTrainedTokenizerBase
 
+    labels: Any = None
+    """Names of the classes, a list, for a classifier."""
+
     @abstractmethod
     def load_model(self) -> PreTrainedModel:
         """A fresh base model in evaluation mode."""

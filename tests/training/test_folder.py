@@ -56,10 +56,10 @@ def test_results_that_cannot_be_written_leave_no_metrics(tmp_path):
 def test_what_no_run_wrote_is_not_replaced(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises(ValueError, match=rf"output_dir: .*{name} is not of a dlor run\. Choose another folder"):
-        RunFolder(tmp_path).check()
+        RunFolder(tmp_path).check(overwrite=False)
 
 
 def test_the_output_folder_must_be_a_folder(tmp_path):
     (tmp_path / "out").touch()
     with pytest.raises(ValueError, match=r"output_dir: .*out is a file\. Give a folder"):
-        RunFolder(tmp_path / "out").check()
+        RunFolder(tmp_path / "out").check(overwrite=False)

@@ -1,5 +1,5 @@
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from dlor_peft.training.pooled import MeanPooledClassifier
 
@@ -12,7 +12,7 @@ def batch(*rows):
 
 
 def test_it_round_trips_through_its_own_config(encoder, tmp_path):
-    model = MeanPooledClassifier.from_encoder(str(encoder), {0: "card", 1: "cash", 2: "pin"})
+    model = MeanPooledClassifier.on_encoder(AutoModel.from_pretrained(encoder), {0: "card", 1: "cash", 2: "pin"})
     model.save_pretrained(tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert isinstance(loaded, MeanPooledClassifier)
@@ -22,7 +22,7 @@ def test_it_round_trips_through_its_own_config(encoder, tmp_path):
 
 
 def test_padding_does_not_change_an_embedding(encoder):
-    model = MeanPooledClassifier.from_encoder(str(encoder), {0: "card", 1: "cash"})
+    model = MeanPooledClassifier.on_encoder(AutoModel.from_pretrained(encoder), {0: "card", 1: "cash"})
     with torch.no_grad():
         alone = model.embed(**batch([5, 6, 7]))
         padded = model.embed(**batch([5, 6, 7], [8] * 9))[:1]
@@ -31,7 +31,7 @@ def test_padding_does_not_change_an_embedding(encoder):
 
 
 def test_logits_are_scaled_and_the_loss_is_cross_entropy(encoder):
-    model = MeanPooledClassifier.from_encoder(str(encoder), {0: "card", 1: "cash"})
+    model = MeanPooledClassifier.on_encoder(AutoModel.from_pretrained(encoder), {0: "card", 1: "cash"})
     inputs = batch([5, 6, 7], [8, 9])
     output = model(**inputs, labels=torch.tensor([0, 1]))
     torch.testing.assert_close(output.logits, 20 * model.classifier(model.embed(**inputs)))

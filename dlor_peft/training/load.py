@@ -1,0 +1,51 @@
+"""A trained adapter with the base model that it was trained on, from the folder that `dlor train` saved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from peft import PeftConfig, PeftModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from dlor_peft.card import add_usage
+
+from .models import load_classifier, load_language_model
+from .schema import ModelSection
+
+BASE = "dlor_base.json"
+
+USAGE = """\
+from dlor_peft.training.load import load_trained
+
+model, tokenizer = load_trained("path/of/this/adapter")
+"""
+
+
+def save_base(folder: Path, model: ModelSection, labels: list[str] | None) -> None:
+    """Add to a saved adapter what `load_trained` needs, and to its card how to call it."""
+    description = {"model": model.model_dump(mode="json"), "labels": labels}
+    (folder / BASE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    add_usage(folder, USAGE)
+
+
+def load_trained(folder: str | Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """The adapter in `folder` on a fresh base model, in evaluation mode, and the tokenizer.
+
+    A classifier's labels are in `model.config.id2label`.
+
+    Raises:
+        FileNotFoundError: the folder is not the adapter of a `dlor train` run.
+    """
+    file = Path(folder, BASE)
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has no {BASE}: give the folder `adapter` of a dlor train run.")
+    description = json.loads(file.read_text(encoding="utf-8"))
+    model = ModelSection.model_validate(description["model"])
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    if description["labels"] is None:
+        base = load_language_model(model)
+    else:
+        saved = PeftConfig.from_pretrained(str(folder)).modules_to_save  # pyright: ignore[reportAttributeAccessIssue]
+        base = load_classifier(model, description["labels"], tokenizer, saved or ())
+    return PeftModel.from_pretrained(base, str(folder)).eval(), tokenizer

@@ -1,0 +1,69 @@
+"""The README's commands and code are what the package does."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import build
+
+import dlor_peft
+from dlor_peft.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands(first: str) -> list[list[str]]:
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    return [words for words in (shlex.split(line, comments=True) for line in lines) if words[:1] == [first]]
+
+
+# PEFT asks the hub for a tokenizer that a local adapter folder does not have
+@pytest.mark.filterwarnings("ignore:Unable to fetch remote file:UserWarning")
+def test_the_python_code_runs_from_training_to_merging(tmp_path, monkeypatch):
+    make, load = blocks("python")
+    base = build("llama")
+    base.save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(make.replace("Qwen/Qwen3-0.6B", str(tmp_path / "base")), names)
+    assert names["config"].peft_type == "DLOR"
+    assert any(parameter.requires_grad for parameter in names["model"].parameters())
+    exec(load, names)
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        assert torch.equal(names["model"](input_ids=ids).logits, base(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("words", commands("dlor"), ids=" ".join)
+def test_the_dlor_commands_parse(words, tmp_path, monkeypatch, capsys):
+    if words[1] == "inspect":
+        assert main(["inspect", str(tmp_path)]) == 2
+        assert "not a saved adapter" in capsys.readouterr().err
+        return
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "my.yaml").write_text((ROOT / "recipes" / "smol-lm-sft.yaml").read_text().replace("./", "/"))
+    words = [str(tmp_path / word) if word == "my.yaml" else word for word in words[1:]]
+    assert main([*words, "--explain"]) == 0
+    assert "peft_type: DLOR" in capsys.readouterr().out
+
+
+def test_the_scripts_it_names_are_there():
+    for words in commands("bash"):
+        assert (ROOT / words[1]).is_file()
+
+
+def test_links_to_files_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_modes_are_those_of_the_config():
+    for name in dlor_peft.config.MODES:
+        assert f'`"{name}"`' in README

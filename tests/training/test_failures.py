@@ -1,0 +1,90 @@
+"""What a run refuses, and that a refusal costs nothing that was there before."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+
+from dlor_peft.cli import main
+
+
+def error_of(capsys, *arguments):
+    assert main(["train", *map(str, arguments)]) == 2
+    return capsys.readouterr().err
+
+
+def test_a_recipe_that_cannot_be_built_leaves_the_finished_run(write_recipe, tmp_path, capsys):
+    path = write_recipe()
+    assert main(["train", str(path)]) == 0
+    before = sorted(file.name for file in (tmp_path / "out").rglob("*"))
+    assert "No modules were targeted" in error_of(capsys, path, "adapter.target_modules=[nope]", "--overwrite")
+    assert sorted(file.name for file in (tmp_path / "out").rglob("*")) == before
+
+
+def test_checkpoints_of_an_unfinished_run_are_not_replaced_unasked(write_recipe, tmp_path, capsys):
+    path = write_recipe()
+    assert main(["train", str(path), "training.save_strategy=steps", "training.save_steps=1"]) == 0
+    (tmp_path / "out" / "metrics.json").unlink()
+    assert "checkpoints of an unfinished run" in error_of(capsys, path)
+    assert list((tmp_path / "out" / "checkpoints").glob("checkpoint-*"))
+    assert main(["train", str(path), "--overwrite"]) == 0
+
+
+def test_a_diverged_run_saves_nothing(write_recipe, tmp_path, capsys):
+    error = error_of(capsys, write_recipe(), "training.learning_rate=1e30", "training.max_steps=4")
+    assert "training diverged: the test loss is nan. Nothing was saved" in error
+    assert not (tmp_path / "out" / "adapter").exists()
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_a_checkpoint_without_the_task_s_weights_is_refused(write_recipe, encoder, tmp_path, capsys):
+    """Without a pooler in the checkpoint the pooler would be random, frozen and never saved."""
+    config = BertConfig.from_pretrained(encoder)
+    BertForMaskedLM(config).save_pretrained(tmp_path / "mlm")
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(tmp_path / "mlm")
+    path = write_recipe(model={"path": str(tmp_path / "mlm")})
+    assert "the checkpoint lacks 2 weights, bert.pooler.dense.bias" in error_of(capsys, path)
+    assert main(["train", str(path), "adapter.modules_to_save=[pooler, classifier]"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("", "has no rows|is empty|cannot be read"), ('{"text": "a"\n{', "cannot be read")]
+)
+def test_an_empty_or_broken_file_is_named(write_recipe, tmp_path, capsys, text, message):
+    path = write_recipe()
+    (tmp_path / "train.jsonl").write_text(text)
+    error = error_of(capsys, path)
+    assert "data.files.train" in error
+    assert any(part in error for part in message.split("|"))
+
+
+def test_resuming_is_refused_not_ignored(write_recipe, capsys):
+    assert "starts every run anew" in error_of(capsys, write_recipe(), "training.resume_from_checkpoint=/x")
+
+
+def test_no_is_a_word(write_recipe, tmp_path):
+    assert (
+        main(["train", str(write_recipe()), "training.save_strategy=no", "training.dataloader_pin_memory=false"]) == 0
+    )
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["recipe"]["training"]["save_strategy"] == "no"
+
+
+def test_data_of_the_hub_is_loaded_by_its_id(write_recipe, tmp_path):
+    """load_dataset takes a folder where it takes a hub id."""
+    path = write_recipe(data={"dataset": str(tmp_path), "splits": {"train": "train", "test": "test[:50%]"}})
+    (tmp_path / "dev.jsonl").unlink()
+    assert main(["train", str(path)]) == 0
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["states"]["merged"]["num_outputs"] == 24
+
+
+def test_the_card_s_lines_load_the_adapter(write_recipe, tmp_path):
+    assert main(["train", str(write_recipe())]) == 0
+    adapter = tmp_path / "out" / "adapter"
+    _, _, code = (adapter / "README.md").read_text().partition("```python\n")
+    names: dict = {}
+    exec(code.partition("```")[0].replace("path/of/this/adapter", str(adapter)), names)  # the card's own lines
+    model, tokenizer = names["model"], names["tokenizer"]
+    assert sorted(model.config.id2label.values()) == ["card", "cash", "pin", "rate"]
+    with torch.no_grad():
+        assert model(**tokenizer("my card is lost", return_tensors="pt")).logits.shape == (1, 4)
