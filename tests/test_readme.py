@@ -27,7 +27,7 @@ def commands(first: str) -> list[list[str]]:
 # PEFT asks the hub for a tokenizer that a local adapter folder does not have
 @pytest.mark.filterwarnings("ignore:Unable to fetch remote file:UserWarning")
 def test_the_python_code_runs_from_training_to_merging(tmp_path, monkeypatch):
-    make, load = blocks("python")
+    make, load, _ = blocks("python")
     base = build("llama")
     base.save_pretrained(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
