@@ -27,7 +27,22 @@ def add_weighted_adapter(
     combination_type: str = "svd",
     svd_rank: int | None = None,
 ) -> None:
-    """See DLoRModel.add_weighted_adapter."""
+    """W' = W + sum_i w_i (W'_i - W) as a new, frozen, inactive adapter; the scale of each W'_i counts.
+
+    Args:
+        model: the tuner; this function is its method.
+        adapters: names of existing adapters.
+        weights: one w_i for each, of any sign.
+        adapter_name: name of the new adapter.
+        combination_type: "cat" is exact, of the rank that the adapters have together (depth * r each), and needs
+            one mode and one side other than "both". "svd" keeps the exact sum of the diagonals and truncates the
+            low-rank part; for adapters of different forms it is the nearest low-rank update of mode "additive".
+        svd_rank: rank for "svd"; the largest rank among the adapters where None.
+
+    Raises:
+        ValueError: an unknown adapter or combination_type, "cat" on forms that it cannot join, or adapters that
+            save one module in full (modules_to_save) or train tokens.
+    """
     _check(model, adapters, weights, adapter_name, combination_type, svd_rank)
     layers = {
         name: layer

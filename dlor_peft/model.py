@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -36,6 +36,7 @@ class DLoRModel(BaseTuner):
     prefix = _PREFIX
     tuner_layer_cls = DLoRLayer  # pyright: ignore[reportAssignmentType]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.copy()
+    add_weighted_adapter = add_weighted_adapter
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if adapter_name in _PREFIX:
@@ -127,31 +128,6 @@ class DLoRModel(BaseTuner):
             super()._replace_module(parent, child_name, new_module, child)
         else:
             setattr(parent, child_name, new_module)
-
-    def add_weighted_adapter(
-        self,
-        adapters: Sequence[str],
-        weights: Sequence[float],
-        adapter_name: str,
-        combination_type: str = "svd",
-        svd_rank: int | None = None,
-    ) -> None:
-        """W' = W + sum_i w_i (W'_i - W) as a new, frozen, inactive adapter; the scale of each W'_i counts.
-
-        Args:
-            adapters: names of existing adapters.
-            weights: one w_i for each, of any sign.
-            adapter_name: name of the new adapter.
-            combination_type: "cat" is exact, of the rank that the adapters have together (depth * r each), and needs
-                one mode and one side other than "both". "svd" keeps the exact sum of the diagonals and truncates the
-                low-rank part; for adapters of different forms it is the nearest low-rank update of mode "additive".
-            svd_rank: rank for "svd"; the largest rank among the adapters where None.
-
-        Raises:
-            ValueError: an unknown adapter or combination_type, "cat" on forms that it cannot join, or adapters that
-                save one module in full (modules_to_save) or train tokens.
-        """
-        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, svd_rank)
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
