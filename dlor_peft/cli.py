@@ -42,6 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dlor: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # the reader has gone, as `| head` does; nothing may be flushed into the pipe at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, ImportError, OSError) as error:
         if os.environ.get(TRACEBACK) == "1":
             raise
