@@ -10,7 +10,6 @@ from typing import cast
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
-from torch import Tensor
 
 from .config import DLoRConfig
 from .form import Residual
@@ -186,10 +185,11 @@ def _sum_of_residuals(layer: DLoRLayer, adapters: Sequence[str], weights: Sequen
         if adapter in layer.form:
             q, U, V, _ = layer.residual(adapter)
             weight = weight * layer.scaling[adapter]
-            Us.append(weight * U.to(_wide(U)))
-            Vs.append(V.to(_wide(V)))
+            dtype = torch.promote_types(U.dtype, torch.float32)
+            Us.append(weight * U.to(dtype))
+            Vs.append(V.to(dtype))
             if q is not None:
-                diagonals.append(weight * q.to(_wide(q)))
+                diagonals.append(weight * q.to(dtype))
     q = sum(diagonals[1:], start=diagonals[0]) if diagonals else None
     return Residual(q, torch.cat(Us, 1), torch.cat(Vs, 1))
 
@@ -215,7 +215,3 @@ def _truncate(residual: Residual, rank: int) -> Residual:
     left, S, right_h = torch.linalg.svd(R_U @ R_V.T, full_matrices=False)
     root = S[:rank].sqrt()
     return Residual(q, Q_U @ (left[:, :rank] * root), Q_V @ (right_h[:rank].T * root))
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

@@ -26,6 +26,17 @@ def one_by_one(model, run):
     return results
 
 
+def check_rows(model, kind):
+    """Each row of a mixed batch is what its adapter gives when it is the active one; returns those, by adapter."""
+    batch = inputs(kind, rows=len(NAMES))
+    with torch.no_grad():
+        alone = one_by_one(model, lambda: model(**batch).logits)
+        mixed = model(**batch, adapter_names=NAMES).logits
+    for row, name in enumerate(NAMES):
+        assert distance(mixed[row], alone[name][row]) < 1e-5
+    return alone
+
+
 @pytest.mark.parametrize(
     ("kind", "form"),
     [
@@ -37,12 +48,7 @@ def one_by_one(model, run):
 )
 def test_each_row_is_what_its_adapter_gives_alone(kind, form):
     model = three_ways(kind, form)
-    batch = inputs(kind, rows=len(NAMES))
-    with torch.no_grad():
-        alone = one_by_one(model, lambda: model(**batch).logits)
-        mixed = model(**batch, adapter_names=NAMES).logits
-    for row, name in enumerate(NAMES):
-        assert distance(mixed[row], alone[name][row]) < 1e-5
+    alone = check_rows(model, kind)
     assert distance(alone["default"], alone["second"]) > 1e-3
 
 
@@ -63,12 +69,7 @@ def test_generate(kind, num_beams):
 def test_adapters_on_different_layers():
     model = get_peft_model(build("llama"), config_of("llama", target_modules=["q_proj"])).eval()
     add(model, "second", "llama", "additive", target_modules=["up_proj"])
-    batch = inputs("llama", rows=len(NAMES))
-    with torch.no_grad():
-        alone = one_by_one(model, lambda: model(**batch).logits)
-        mixed = model(**batch, adapter_names=NAMES).logits
-    for row, name in enumerate(NAMES):
-        assert distance(mixed[row], alone[name][row]) < 1e-5
+    check_rows(model, "llama")
 
 
 def test_modules_to_save_follow_the_rows():
@@ -77,12 +78,7 @@ def test_modules_to_save_follow_the_rows():
     with torch.no_grad():
         for name, copy in model.base_model.model.classifier.modules_to_save.items():
             copy.weight.fill_({"default": 0.5, "second": -0.5}[name])
-    batch = inputs("bert", rows=len(NAMES))
-    with torch.no_grad():
-        alone = one_by_one(model, lambda: model(**batch).logits)
-        mixed = model(**batch, adapter_names=NAMES).logits
-    for row, name in enumerate(NAMES):
-        assert distance(mixed[row], alone[name][row]) < 1e-5
+    check_rows(model, "bert")
 
 
 def test_nothing_remains_after_the_call():
