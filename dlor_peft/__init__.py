@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .config import DLoRConfig
-    from .layer import DLoRLayer
+    from .layers import DLoRLayer
     from .model import DLoRModel
     from .registration import register
 
 __version__ = "0.1.0"
 __all__ = ["DLoRConfig", "DLoRLayer", "DLoRModel", "__version__", "register"]
 
-_HOME = {"DLoRConfig": "config", "DLoRLayer": "layer", "DLoRModel": "model", "register": "registration"}
+_HOME = {"DLoRConfig": "config", "DLoRLayer": "layers", "DLoRModel": "model", "register": "registration"}
 
 
 def __getattr__(name: str):

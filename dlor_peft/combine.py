@@ -13,7 +13,7 @@ from peft.utils import ModulesToSaveWrapper
 
 from .config import DLoRConfig
 from .form import Residual
-from .layer import DLoRLayer
+from .layers import DLoRLayer
 
 COMBINATIONS = ("cat", "svd")
 

@@ -95,6 +95,16 @@ class DLoRConfig(PeftConfig):
     """Which biases are trained besides the adapters: "none", "all" or "dlor_only" (those of adapted layers). Trained
     biases belong to the base model: disabling the adapter does not restore them."""
 
+    target_parameters: list[str] | None = None
+    """Parameters to adapt, besides or instead of modules, by name or suffix: for the weights of modules that are no
+    linear layers, such as "mlp.experts.gate_up_proj". A tensor of three dimensions gets factors for each expert. W' is
+    formed anew in every call; dropout and mixed batches are not possible there. All adapters of a model must name the
+    same parameters."""
+
+    ensure_weight_tying: bool = False
+    """Where the input embedding is tied to other layers and one of them is adapted or trained in full, do the same to
+    all of them, with one set of tensors."""
+
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     """Token ids whose embeddings are trained and saved, for the input embedding or by embedding module name."""
 
@@ -115,6 +125,9 @@ class DLoRConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)  # pyright: ignore[reportAttributeAccessIssue]
         self.rank_pattern = self.rank_pattern or {}
         self.depth_pattern = self.depth_pattern or {}
+        # PEFT fills them in while it injects the adapter; they are not saved
+        self.modules_to_tie: set[str] | None = None
+        self.target_modules_to_tie: set[str] | None = None
         self._check_values()
         self._check_form()
         self._check_layers()
@@ -143,7 +156,7 @@ class DLoRConfig(PeftConfig):
             raise _error(
                 ValueError, "dlor_dropout", self.dlor_dropout, "at least 0 and below 1", "Pass 0 for no dropout."
             )
-        for name in ("init_weights", "fan_in_fan_out"):
+        for name in ("init_weights", "fan_in_fan_out", "ensure_weight_tying"):
             if not isinstance(getattr(self, name), bool):
                 raise _error(TypeError, name, getattr(self, name), "True or False", "Leave it out if in doubt.")
 
@@ -183,7 +196,8 @@ class DLoRConfig(PeftConfig):
             value = getattr(self, name)
             for pattern in [value] if isinstance(value, str) else value if isinstance(value, dict) else ():
                 _check_regex(name, pattern)
-        _check_items("modules_to_save", self.modules_to_save, str, "a string", alone=False)
+        for name in ("modules_to_save", "target_parameters"):
+            _check_items(name, getattr(self, name), str, "a string", alone=False)
         _check_items("layers_to_transform", self.layers_to_transform, int, "a layer index", alone=True)
         tokens = self.trainable_token_indices
         for indices in tokens.values() if isinstance(tokens, dict) else [tokens]:

@@ -2,22 +2,38 @@
 
 W (O, I) frozen weight, y = x W^T + b; O out_features, I in_features, L depth, r rank.
 Stored: dlor_diag (L, d) or (L, 1), dlor_diag_in (L, I) or (L, 1), dlor_U (L, p, r), dlor_V (L, q, r).
+A convolution has K taps and the weight (O, I K), I the outer index of a row; its channels are the features.
+A weight of E experts, (E, O, I), has tensors of its own for each: every shape above with E after L.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .config import DLoRConfig
 from .kernels import update
-from .maths import collapse, materialise
+from .maths import apply, collapse
 
-Map = Callable[[Tensor], Tensor]
+Map = Callable[[Any], Tensor]
+
+
+class Update(Protocol):
+    """acc + scale (q * x + (x V) U^T), as `kernels.update` has it for features in the last dimension."""
+
+    def __call__(
+        self,
+        acc: Any,
+        x: Any,
+        q: Tensor | None,
+        U: Tensor | None = None,
+        V: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> Tensor: ...
 
 
 class Residual(NamedTuple):
@@ -44,51 +60,94 @@ class Form:
     depth: int
     in_features: int
     out_features: int
+    taps: int = 1
+    centre: int = 0  # the tap that the rectangular identity of mode "additive" stands on
+    experts: int | None = None
+    # whether the stored tensors are those of the transposed weight: an output layer tied to an embedding
+    transposed: bool = False
 
     @classmethod
-    def resolve(cls, config: DLoRConfig, r: int, depth: int, in_features: int, out_features: int) -> Form:
-        """The form that `config` means for a layer of this shape: "auto" is the smaller side, the input at a tie."""
+    def resolve(
+        cls,
+        config: DLoRConfig,
+        r: int,
+        depth: int,
+        in_features: int,
+        out_features: int,
+        sides: Sequence[str] = ("input", "output", "both"),
+        **geometry: Any,
+    ) -> Form:
+        """The form that `config` means for a layer of this shape: "auto" is the smaller side, the input at a tie.
+
+        ValueError where the side is not one of `sides`, those that the layer can be adapted on.
+        """
         side: str | None = config.side
         if config.mode == "additive" or (config.mode == "scaled" and config.diagonal == "none"):
             side = None
         elif side == "auto":
-            side = "output" if out_features < in_features else "input"
-        return cls(config.mode, side, config.diagonal, r, depth, in_features, out_features)
+            smaller = "output" if out_features < in_features else "input"
+            side = smaller if smaller in sides else sides[0]
+        if side is not None and side not in sides:
+            allowed = " or ".join(map(repr, (*sides, "auto")))
+            raise ValueError(f"mode {config.mode!r} takes side={allowed} there, but side is {side!r}.")
+        return cls(config.mode, side, config.diagonal, r, depth, in_features, out_features, **geometry)
 
     @property
     def widths(self) -> tuple[int, int]:
         """(p, q), the number of rows of U and of V."""
         if self.mode != "multiplicative":
-            return self.out_features, self.in_features
+            return self.out_features, self.in_features * self.taps
         width = self.in_features if self.side == "input" else self.out_features
         return width, width
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of the stored tensors; a part that is switched off has none."""
-        I, O, L, r = self.in_features, self.out_features, self.depth, self.r
+        if self.transposed:
+            return self.transpose().shapes
+        I, O, r = self.in_features, self.out_features, self.r
         d = min(I, O) if self.mode == "additive" else I if self.side == "input" else O
         p, q = self.widths
+        stack = (self.depth,) if self.experts is None else (self.depth, self.experts)
         shapes: dict[str, tuple[int, ...]] = {}
         if self.diagonal != "none":
-            shapes["dlor_diag"] = (L, d if self.diagonal == "vector" else 1)
+            shapes["dlor_diag"] = (*stack, d if self.diagonal == "vector" else 1)
         if self.side == "both":
-            shapes["dlor_diag_in"] = (L, I if self.diagonal == "vector" else 1)
+            shapes["dlor_diag_in"] = (*stack, I if self.diagonal == "vector" else 1)
         if r:
-            shapes |= {"dlor_U": (L, p, r), "dlor_V": (L, q, r)}
+            shapes |= {"dlor_U": (*stack, p, r), "dlor_V": (*stack, q, r)}
         return shapes
+
+    def of_experts(self, experts: int) -> Form:
+        """The form of a weight (experts, O, I), with tensors of its own for each expert."""
+        return replace(self, experts=experts)
+
+    def transpose(self) -> Form:
+        """The form of W'^T, with the same tensors."""
+        side = {"input": "output", "output": "input"}.get(self.side or "", self.side)
+        return replace(
+            self,
+            side=side,
+            in_features=self.out_features,
+            out_features=self.in_features,
+            transposed=not self.transposed,
+        )
 
     def residual(self, tensors: dict[str, Tensor]) -> Residual:
         """What the stored tensors amount to, differentiable; a stack is collapsed, in float32 or wider."""
+        if self.transposed:
+            q, U, V, q_in = self.transpose().residual(tensors)
+            return Residual(q, V, U) if q_in is None else Residual(q_in, V, U, q)
         some = next(iter(tensors.values()))
         delta, delta_in = tensors.get("dlor_diag"), tensors.get("dlor_diag_in")
         p, q = self.widths
-        U = tensors.get("dlor_U", some.new_empty(self.depth, p, 0))
-        V = tensors.get("dlor_V", some.new_empty(self.depth, q, 0))
+        experts = () if self.experts is None else (self.experts,)
+        U = tensors.get("dlor_U", some.new_empty(self.depth, *experts, p, 0))
+        V = tensors.get("dlor_V", some.new_empty(self.depth, *experts, q, 0))
         if self.depth == 1:
             return Residual(None if delta is None else delta[0], U[0], V[0], None if delta_in is None else delta_in[0])
         dtype = torch.promote_types(some.dtype, torch.float32)
-        delta = some.new_zeros(self.depth, 1, dtype=dtype) if delta is None else delta.to(dtype)
+        delta = some.new_zeros(self.depth, *experts, 1, dtype=dtype) if delta is None else delta.to(dtype)
         _, U, V = collapse(1 + delta, U.to(dtype), V.to(dtype))
         # the product of the 1 + delta_k, less 1: formed without the 1, in which a small delta would round away
         q = delta[0]
@@ -101,43 +160,72 @@ class Form:
         """Whether W x itself, without the bias of the layer, is scaled or multiplied."""
         return self.side in ("output", "both")
 
-    def forward(self, residual: Residual, x: Tensor, base: Map, scale: float, dropout: Map) -> Tensor:
+    def forward(
+        self,
+        residual: Residual,
+        x: Any,
+        base: Map,
+        scale: float,
+        dropout: Map,
+        mix: Update = update,
+        term: Update = update,
+    ) -> Tensor:
         """x W'^T, with base(x) = x W^T; x (..., I), the result (..., O) has the dtype of base(x).
 
         `base` may itself be an adapted layer, and may add a bias unless the form acts on the output. Dropout acts on
         the input of the update, never on the path through the frozen weight. Side "both" calls `base` a second time
-        where scale is not 1.
+        where scale is not 1. A layer whose activations are not (..., features) brings its own update: `mix` between
+        the features of one activation, `term` from the layer's input to its output.
         """
         q, U, V, q_in = residual
         if self.mode == "additive":
-            return update(base(x), dropout(x), q, U, V, scale)
+            return term(base(x), dropout(x), q, U, V, scale)
         if self.mode == "multiplicative" and self.side == "input":
-            return base(update(x, dropout(x), q, U, V, scale))
+            return base(mix(x, dropout(x), q, U, V, scale))
         if self.mode == "multiplicative":
             y = base(x)
-            return update(y, dropout(y), q, U, V, scale)
+            return mix(y, dropout(y), q, U, V, scale)
         if self.side == "both" and scale != 1:
-            return torch.lerp(base(x), self.forward(residual, x, base, 1.0, dropout), scale)
+            return torch.lerp(base(x), self.forward(residual, x, base, 1.0, dropout, mix, term), scale)
         on_input = q if self.side == "input" else q_in
         on_output = None if self.side == "input" else q
         dropped = dropout(x)
-        y = base(x if on_input is None else update(x, dropped, on_input, scale=scale))
+        y = base(x if on_input is None else mix(x, dropped, on_input, scale=scale))
         if on_output is not None:
-            y = update(y, dropout(y), on_output, scale=scale)
-        return update(y, dropped, None, U, V, scale) if self.r else y
+            y = mix(y, dropout(y), on_output, scale=scale)
+        return term(y, dropped, None, U, V, scale) if self.r else y
 
     def delta_weight(self, residual: Residual, W: Tensor, scale: float) -> Tensor:
-        """W' - W, (O, I), computed in the dtype of W without subtracting: small updates keep their precision."""
+        """W' - W, (..., O, I K), in the dtype of W without subtracting: small updates keep their precision.
+
+        Differentiable in all its arguments.
+        """
         q, U, V, q_in = (None if t is None else t.to(W.dtype) for t in residual)
         assert U is not None
         assert V is not None
+        I, O, K = self.in_features, self.out_features, self.taps
         if self.mode == "multiplicative":
-            if self.side == "input":
-                return update(None, W, q, V, U, scale)
-            return update(None, W.T, q, U, V, scale).T
-        if self.mode == "additive" or q is None:
-            return materialise(W.new_zeros(1) if q is None else q, U, V) * scale
-        gain = q if self.side == "input" else q[:, None]
-        if q_in is not None:
-            gain = gain + q_in + gain * q_in
-        return (gain * W + U @ V.T) * scale
+            d = W.new_zeros(1) if q is None else q.unsqueeze(-2)
+            if self.side == "output":
+                return apply(W.mT, d, U, V).mT * scale
+            channels_last = W.unflatten(-1, (I, K)).mT.flatten(-3, -2)  # (..., O K, I)
+            return apply(channels_last, d, V, U).unflatten(-2, (O, K)).mT.flatten(-2) * scale
+        delta = U @ V.mT
+        if q is None:
+            return delta * scale
+        if self.mode == "additive":
+            leading = torch.arange(min(I, O), device=W.device)
+            delta[..., leading, leading * K + self.centre] += q
+            return delta * scale
+        gain = q.unsqueeze(-1)
+        if self.side == "input":
+            gain = _by_column(q, K)
+        elif q_in is not None:
+            gain_in = _by_column(q_in, K)
+            gain = gain + gain_in + gain * gain_in
+        return (gain * W + delta) * scale
+
+
+def _by_column(q: Tensor, taps: int) -> Tensor:
+    """(..., I) or (..., 1) -> (..., 1, I taps) or (..., 1, 1)."""
+    return (q if q.shape[-1] == 1 else q.repeat_interleave(taps, dim=-1)).unsqueeze(-2)

@@ -18,8 +18,11 @@ DLoR = tuple[Tensor, Tensor, Tensor]
 
 
 def apply(x: Tensor, d: Tensor, U: Tensor, V: Tensor) -> Tensor:
-    """y = M x = d * x + U (V^T x), for each x of the last dimension: (..., q) -> (..., p), O(r (p + q)) a vector."""
-    p, n = U.shape[0], min(U.shape[0], V.shape[0])
+    """y = M x = d * x + U (V^T x), for each x of the last dimension: (..., q) -> (..., p), O(r (p + q)) a vector.
+
+    Batches: x (..., E, T, q) with d (..., E, 1, n), U (..., E, p, r) and V (..., E, q, r).
+    """
+    p, n = U.shape[-2], min(U.shape[-2], V.shape[-2])
     return F.pad(x[..., :n] * d, (0, p - n)) + (x @ V) @ U.mT
 
 
@@ -34,13 +37,14 @@ def collapse(d: Tensor, U: Tensor, V: Tensor) -> DLoR:
     """F_L ... F_2 F_1 = diag(d') + U' V'^T, where F_k = diag(d_k) + U_k V_k^T and F_1 meets the data first.
 
     Stacks d (L, n) or (L, 1), U and V (L, n, r), L >= 1, give d' (n,) or (1,), U' and V' (n, L r), with the columns
-    of F_1 first. O(n (L r)^2), in the dtype given. L = 1 returns views of the one factor. One step is
+    of F_1 first. Dimensions after L, the same in all three, are a batch of stacks. O(n (L r)^2), in the dtype given.
+    L = 1 returns views of the one factor. One step is
     (D2 + U2 V2^T)(D1 + U1 V1^T) = D2 D1 + [D2 U1, U2] [V1, D1 V2 + V1 (U1^T V2)]^T.
     """
     d1, U1, V1 = d[0], U[0], V[0]
     for d2, U2, V2 in zip(d[1:], U[1:], V[1:], strict=True):
-        V1 = torch.cat([V1, d1[:, None] * V2 + V1 @ (U1.mT @ V2)], dim=1)
-        U1 = torch.cat([d2[:, None] * U1, U2], dim=1)
+        V1 = torch.cat([V1, d1.unsqueeze(-1) * V2 + V1 @ (U1.mT @ V2)], dim=-1)
+        U1 = torch.cat([d2.unsqueeze(-1) * U1, U2], dim=-1)
         d1 = d2 * d1
     return d1, U1, V1
 

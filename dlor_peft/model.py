@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
-    get_quantization_config,
     get_quantization_kwargs,
 )
 from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from .combine import add_weighted_adapter
 from .config import DLoRConfig
-from .layer import DLoRLayer, Linear
+from .layers import DLoRLayer, ParamWrapper, layer_class
 
 _PREFIX = "dlor_"
 
@@ -29,8 +28,7 @@ _PREFIX = "dlor_"
 class DLoRModel(BaseTuner):
     """A model whose targeted layers carry DLoR adapters; see [`DLoRConfig`] for their form.
 
-    Made by `get_peft_model(model, DLoRConfig(...))`, not by hand. The layer types it adapts are torch.nn.Linear and
-    transformers' Conv1D.
+    Made by `get_peft_model(model, DLoRConfig(...))`, not by hand.
     """
 
     prefix = _PREFIX
@@ -69,6 +67,27 @@ class DLoRModel(BaseTuner):
         except ValueError as error:
             raise ValueError(str(error).replace("PEFT:LORA", "PEFT:DLOR")) from None
 
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        super()._check_new_adapter_config(config)
+        parameters = set(cast(DLoRConfig, config).target_parameters or ())
+        for name, other in self.peft_config.items():
+            others = set(cast(DLoRConfig, other).target_parameters or ())
+            if other is not config and parameters and others and parameters != others:
+                # the parameters of one module nest, and the nesting shows in the names of the saved tensors
+                raise ValueError(
+                    "dlor_peft.model: with target_parameters, all adapters must target the same set of parameters, "
+                    f"but the new one has {sorted(parameters)} and {name!r} has {sorted(others)}."
+                )
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        config = cast(DLoRConfig, peft_config)
+        if config.target_modules is None and config.target_parameters:
+            # the defaults of an unknown architecture are not asked for
+            known = self.target_module_mapping.get(model_config["model_type"])
+            if known is None:
+                config.target_modules = []
+        return super()._prepare_adapter_config(config, model_config)
+
     def _create_and_replace(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         config: DLoRConfig,
@@ -82,14 +101,28 @@ class DLoRModel(BaseTuner):
     ) -> None:
         r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), current_key), config.r)
         depth = config.depth_pattern.get(get_pattern_key(list(config.depth_pattern), current_key), config.depth)
-        if isinstance(target, DLoRLayer):
-            target.update_layer(adapter_name, r, depth, config)
+        tied_to = self._tied_source(config, adapter_name, current_key)
+        # a further parameter of one module nests in the wrapper of the first
+        nests = isinstance(target, ParamWrapper) and target.parameter_name != parameter_name
+        if isinstance(target, DLoRLayer) and not nests:
+            target.update_layer(adapter_name, r, depth, config, tied_to)
             return
         new_module = self._create_new_module(
-            config, adapter_name, target, current_key, r, depth, **get_quantization_kwargs(self.model)
+            config,
+            adapter_name,
+            target,
+            current_key,
+            r,
+            depth,
+            parameter_name=parameter_name,
+            tied_to=tied_to,
+            **get_quantization_kwargs(self.model),
         )
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            # its fast path reads weights and calls no layer, unless one of them has a hook
+            new_module.register_forward_pre_hook(_do_nothing)
         self._replace_module(parent, target_name, new_module, target)
 
     @staticmethod
@@ -100,26 +133,65 @@ class DLoRModel(BaseTuner):
         current_key: str,
         r: int,
         depth: int,
+        parameter_name: str | None = None,
+        tied_to: DLoRLayer | None = None,
         **quantization_kwargs: Any,
     ) -> nn.Module:
-        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if isinstance(base_layer, Conv1D):
-            fan_in_fan_out = True
-        elif isinstance(base_layer, nn.Linear):
-            fan_in_fan_out = False
-            if config.fan_in_fan_out:
-                warnings.warn(
-                    f"fan_in_fan_out=True does not hold for {current_key!r}, a torch.nn.Linear: its weight is taken "
-                    "as (out_features, in_features).",
-                    stacklevel=2,
-                )
-        else:
-            raise ValueError(
-                f"dlor_peft.model: target module {current_key!r} is a {type(base_layer).__name__}, which DLoR does "
-                "not adapt. It adapts torch.nn.Linear and transformers' Conv1D: name only such layers in "
-                "target_modules, keep this one out with exclude_modules, or train it in full through modules_to_save."
+        kwargs = quantization_kwargs
+        try:
+            if parameter_name is not None:
+                cls = ParamWrapper
+                kwargs = {**kwargs, "parameter_name": parameter_name}
+            else:
+                cls = layer_class(target, **quantization_kwargs)
+            new_module = cls(target, adapter_name, r, depth, config, tied_to=tied_to, **kwargs)
+        except ValueError as error:
+            raise ValueError(f"{error} The target is {current_key!r}.") from None
+        if config.fan_in_fan_out and not new_module.fan_in_fan_out:
+            kind = type(new_module.get_base_layer()).__name__
+            warnings.warn(
+                f"fan_in_fan_out=True does not hold for {current_key!r}, a {kind}: its weight is taken as "
+                "(out_features, in_features).",
+                stacklevel=2,
             )
-        return Linear(target, adapter_name, r, depth, config, fan_in_fan_out, **quantization_kwargs)
+        return new_module
+
+    def _tied_source(self, config: DLoRConfig, adapter_name: str, key: str) -> DLoRLayer | None:
+        if not self._check_tied_module_exists(config, key):
+            return None
+        embedding = self.model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+        if not isinstance(embedding, DLoRLayer) or adapter_name not in embedding.form:
+            raise ValueError(
+                f"dlor_peft.model: ensure_weight_tying ties {key!r} to the adapter of the input embedding, which has "
+                "none. Do not exclude the embedding, or set ensure_weight_tying=False."
+            )
+        return embedding
+
+    def _add_targets_to_tie(self, peft_config: PeftConfig, tied_weight_keys: list[str]) -> None:
+        """Adapt the input embedding; the layers tied to it will share its adapter."""
+        config = cast(DLoRConfig, peft_config)
+        config.target_modules_to_tie = set(tied_weight_keys)
+        embedding = self._input_embedding_name()
+        if isinstance(config.target_modules, str):
+            config.target_modules = f"({config.target_modules})|{re.escape(embedding)}"
+        else:
+            config.target_modules = {*(config.target_modules or ()), embedding}  # pyright: ignore
+
+    def _add_modules_to_save_to_tie(self, peft_config: PeftConfig, tied_weight_keys: list[str]) -> None:
+        """Train the input embedding in full; the layers tied to it will share the trained weight."""
+        config = cast(DLoRConfig, peft_config)
+        config.modules_to_tie = set(tied_weight_keys)
+        embedding = self._input_embedding_name()
+        others = [
+            name
+            for name in config.modules_to_save or ()
+            if not any(f".{key}".endswith(f".{name}") for key in (*tied_weight_keys, embedding))
+        ]
+        config.modules_to_save = [*others, embedding]
+
+    def _input_embedding_name(self) -> str:
+        embedding = self.model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+        return next(name for name, module in self.model.named_modules() if module is embedding)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # the base class hands the weight of the old module to a new one that wraps nothing: when an adapted module is
@@ -131,11 +203,10 @@ class DLoRModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        if get_quantization_config(self.model, method="gptq") is not None:
-            raise ValueError(
-                "dlor_peft.model: cannot merge into a GPTQ-quantised model. Load the adapter on the unquantised base "
-                "model and merge there."
-            )
+        # before the first layer is merged, so that none is where one cannot be
+        for module in self.model.modules():
+            if isinstance(module, DLoRLayer):
+                module.check_mergeable()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -182,3 +253,7 @@ class _AdapterNames:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return args, {**kwargs, "adapter_names": self.names}
+
+
+def _do_nothing(module: nn.Module, args: tuple) -> None:
+    pass

@@ -134,7 +134,7 @@ def test_every_field_survives_the_disk(tmp_path):
         "layers_to_transform": [0, 1], "layers_pattern": ["layers"], "rank_pattern": {"q": 0},
         "depth_pattern": {"v": 3}, "bias": "dlor_only", "fan_in_fan_out": True,
         "trainable_token_indices": {"embed": [1, 2]},
-        "dlor_version": "0.0.9",
+        "target_parameters": ["experts.down_proj"], "ensure_weight_tying": True, "dlor_version": "0.0.9",
     }  # fmt: skip
     assert set(values) == {field.name for field in OWN_FIELDS}
     config = DLoRConfig(**values, task_type="CAUSAL_LM")

@@ -119,9 +119,9 @@ def test_shapes_are_those_of_the_design():
     }
 
 
-@pytest.mark.parametrize(("target", "kind"), [("embed_tokens", "Embedding"), ("input_layernorm", "LlamaRMSNorm")])
+@pytest.mark.parametrize(("target", "kind"), [("act_fn", "SiLUActivation"), ("input_layernorm", "LlamaRMSNorm")])
 def test_a_layer_that_cannot_be_adapted_is_refused_by_name(target, kind):
-    with pytest.raises(ValueError, match=f"{target}' is a {kind}.*exclude_modules"):
+    with pytest.raises(ValueError, match=f"a {kind} is not adapted.*exclude_modules.*{target}'"):
         on_llama(target_modules=["q_proj", target])
 
 
@@ -141,7 +141,7 @@ def test_a_pattern_that_matches_nothing_is_told(pattern):
 
 def test_fan_in_fan_out_on_a_linear_warns_and_is_overruled():
     net = torch.nn.Sequential(torch.nn.Linear(3, 4))
-    with pytest.warns(UserWarning, match="fan_in_fan_out=True does not hold for '0', a torch.nn.Linear"):
+    with pytest.warns(UserWarning, match="fan_in_fan_out=True does not hold for '0', a Linear"):
         model = get_peft_model(net, DLoRConfig(target_modules=["0"], fan_in_fan_out=True, init_weights=False))
     x = torch.randn(2, 3)
     want = model(x)

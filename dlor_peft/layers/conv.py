@@ -1,0 +1,140 @@
+"""DLoR on convolutions: the features are the channels.
+
+The weight (O, C, *kernel), C = in_channels / groups, is the matrix (O, C K), K the number of taps. Factors mix
+channels: on the input side the C channels of a group, alike in all groups, on the output side all O. The low-rank term
+of the additive and scaled modes is U V^T, V (C K, r): a convolution to r channels, then a 1x1 convolution from them.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import DLoRConfig
+from ..form import Form
+from ..kernels import update
+from .activation import ActivationLayer
+
+
+class Conv(ActivationLayer):
+    """DLoR on torch.nn.Conv1d, Conv2d and Conv3d."""
+
+    plain_types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+    @property
+    def _conv(self) -> nn.Conv2d:
+        return self.get_base_layer()
+
+    def resolve_form(self, config: DLoRConfig, r: int, depth: int) -> Form:
+        conv = self._conv
+        grouped = conv.groups > 1
+        if grouped and config.mode == "additive" and config.diagonal != "none":
+            raise ValueError(
+                f"dlor_peft.layers.conv: a convolution with groups={conv.groups} has no identity to add a diagonal "
+                'to, as each output reads the channels of its group only. Use mode="scaled", or diagonal="none".'
+            )
+        sides = ("input",) if grouped and config.mode == "multiplicative" else ("input", "output", "both")
+        # row-major: the last dimension of the kernel runs fastest
+        centre = 0
+        for size in conv.kernel_size:
+            centre = centre * size + size // 2
+        try:
+            return Form.resolve(
+                config,
+                r,
+                depth,
+                conv.in_channels // conv.groups,
+                conv.out_channels,
+                sides,
+                taps=prod(conv.kernel_size),
+                centre=centre,
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"dlor_peft.layers.conv: in a convolution with groups={conv.groups} the output channels of different "
+                f"groups read different inputs, and mixing them is no convolution of that kind: {error}"
+            ) from None
+
+    def _without_bias(self, x: Tensor) -> Tensor:
+        return self._conv._conv_forward(x, self._conv.weight, None)
+
+    def _response_to_zero(self, x: Tensor) -> Tensor:
+        extent = [d * (k - 1) + 1 for d, k in zip(self._conv.dilation, self._conv.kernel_size, strict=True)]
+        return self.base_layer(x.new_zeros(1, self.in_features, *extent))[0].flatten(1)[:, 0]
+
+    def _along_features(self, bias: Tensor) -> Tensor:
+        return bias.view(-1, *[1] * len(self._conv.kernel_size))
+
+    def _mix(
+        self,
+        acc: Tensor | None,
+        x: Tensor,
+        q: Tensor | None,
+        U: Tensor | None = None,
+        V: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> Tensor:
+        """update() on the channels of each position, group by group where there are fewer factors than channels."""
+        dim = -1 - len(self._conv.kernel_size)
+        channels = x.shape[dim]
+        width = U.shape[0] if U is not None else channels if q is None or q.numel() == 1 else q.numel()
+
+        def channels_last(t: Tensor) -> Tensor:
+            return t.unflatten(dim, (channels // width, width)).movedim(dim, -1)
+
+        x_last = channels_last(x)
+        acc_last = x_last if acc is x else None if acc is None else channels_last(acc)
+        y = update(acc_last, x_last, q, U, V, scale)
+        return y.movedim(-1, dim).flatten(dim - 1, dim)
+
+    def _term(
+        self,
+        acc: Tensor,
+        x: Tensor,
+        q: Tensor | None,
+        U: Tensor | None = None,
+        V: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> Tensor:
+        assert U is not None
+        assert V is not None
+        conv, x = self._conv, x.to(acc.dtype)
+        if U.shape[1]:
+            kernel = V.mT.unflatten(-1, conv.weight.shape[1:]).repeat(conv.groups, *[1] * (conv.weight.ndim - 1))
+            t = conv._conv_forward(x, kernel.to(x.dtype), None)
+            pointwise = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[conv.weight.ndim]
+            combine = U.view(*U.shape, *[1] * len(conv.kernel_size)).to(t.dtype)
+            acc = acc + scale * pointwise(t, combine, groups=conv.groups).to(acc.dtype)
+        if q is None:
+            return acc
+        # the input that the centre tap reads, at each position of the output
+        padded = F.pad(
+            x,
+            conv._reversed_padding_repeated_twice,
+            mode="constant" if conv.padding_mode == "zeros" else conv.padding_mode,
+        )
+        for dim, (size, stride, dilation) in enumerate(
+            zip(conv.kernel_size, conv.stride, conv.dilation, strict=True), start=-len(conv.kernel_size)
+        ):
+            start = size // 2 * dilation
+            positions = torch.arange(acc.shape[dim], device=x.device) * stride + start
+            padded = padded.index_select(dim, positions)
+        dim = -1 - len(conv.kernel_size)
+        y = update(
+            acc.movedim(dim, -1),
+            padded.movedim(dim, -1),
+            q,
+            acc.new_empty(acc.shape[dim], 0),
+            acc.new_empty(x.shape[dim], 0),
+            scale,
+        )
+        return y.movedim(-1, dim)
+
+    def _as_matrix(self, stored: Tensor) -> Tensor:
+        return stored.flatten(1)
+
+    def _as_stored(self, matrix: Tensor) -> Tensor:
+        return matrix.unflatten(1, self._conv.weight.shape[1:])

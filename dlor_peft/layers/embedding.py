@@ -1,0 +1,89 @@
+"""DLoR on embeddings.
+
+As a layer, y = x W^T with one-hot x: W (embedding_dim, num_embeddings) is the transpose of what is stored. Factors on
+the output side act on the embedding; on the input side they would mix tokens, so that side is refused. The low-rank
+term gives each token a row of V (num_embeddings, r).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import DLoRConfig
+from ..form import Form
+from .activation import ActivationLayer
+
+
+class _Tokens(NamedTuple):
+    """One-hot inputs after dropout: the ids, and the factor 0 or 1 / (1 - p) of each."""
+
+    ids: Tensor
+    factor: Tensor | None
+
+
+class Embedding(ActivationLayer):
+    """DLoR on torch.nn.Embedding. Dropout drops the low-rank update of whole tokens."""
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        return True
+
+    def resolve_form(self, config: DLoRConfig, r: int, depth: int) -> Form:
+        if self.get_base_layer().max_norm is not None:
+            raise ValueError(
+                "dlor_peft.layers.embedding: an embedding with max_norm rescales its rows when it is called, so that "
+                "no adapter of its weight could be merged. Keep it out of target_modules, or set max_norm to None."
+            )
+        try:
+            return Form.resolve(config, r, depth, self.in_features, self.out_features, ("output",))
+        except ValueError as error:
+            raise ValueError(
+                f"dlor_peft.layers.embedding: the input features of an embedding are its tokens: {error}"
+            ) from None
+
+    @torch.no_grad()
+    def reset_parameters(self, adapter_name: str, init_weights: bool) -> None:
+        """As for other layers, but U is random and V is 0: training then changes the tokens that occur, no others."""
+        super().reset_parameters(adapter_name, init_weights)
+        if self.r[adapter_name] and self.form[adapter_name].mode != "multiplicative":
+            # a one-hot input has one feature, not num_embeddings: 1 is the bound that goes with it
+            nn.init.uniform_(self.dlor_U[adapter_name](), -1, 1)
+            bound = 0 if init_weights else 1
+            nn.init.uniform_(self.dlor_V[adapter_name](), -bound, bound)
+
+    def _dropped(self, dropout: nn.Module, x: Tensor) -> Tensor | _Tokens:
+        if x.is_floating_point():
+            return dropout(x)
+        active = isinstance(dropout, nn.Dropout) and dropout.training
+        return _Tokens(x, dropout(torch.ones(*x.shape, 1, device=x.device)) if active else None)
+
+    def _term(
+        self,
+        acc: Tensor,
+        x: _Tokens,
+        q: Tensor | None,
+        U: Tensor | None = None,
+        V: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> Tensor:
+        assert U is not None
+        assert V is not None
+        base, ids = self.get_base_layer(), x.ids
+        update_of_token = F.embedding(ids, V.to(acc.dtype), padding_idx=base.padding_idx) @ U.mT.to(acc.dtype)
+        if q is not None:
+            # the rectangular identity maps the first tokens to a feature each
+            m = min(self.in_features, self.out_features)
+            feature = ids.clamp(max=m - 1).unsqueeze(-1)
+            value = q.to(acc.dtype).expand(m)[feature] * (ids < m).unsqueeze(-1)
+            update_of_token = update_of_token.scatter_add(-1, feature, value)
+        if x.factor is not None:
+            update_of_token = update_of_token * x.factor.to(acc.dtype)
+        # some embeddings multiply what they look up
+        embed_scale = self._get_embed_scale()
+        if embed_scale is not None:
+            update_of_token = update_of_token * embed_scale.to(acc.dtype)
+        return acc + scale * update_of_token
