@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from peft.utils import (
     get_quantization_kwargs,
 )
 from peft.utils.other import get_pattern_key
-from torch import nn
+from torch import Tensor, nn
 
 from .combine import add_weighted_adapter
 from .config import DLoRConfig
@@ -36,13 +36,29 @@ class DLoRModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.copy()
     add_weighted_adapter = add_weighted_adapter
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    # key -> shape of the tensors that the adapter being injected will be loaded from, where they are known
+    _stored_shapes: Mapping[str, tuple[int, ...]] = {}
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
         if adapter_name in _PREFIX:
             raise ValueError(
                 f"dlor_peft.model: the adapter name {adapter_name!r} is part of the parameter prefix {_PREFIX!r}, "
                 "which makes PEFT lose the adapter's weights when it is loaded. Choose another, such as 'default'."
             )
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._stored_shapes = {
+            key.removeprefix("_orig_mod."): tuple(tensor.shape) for key, tensor in (state_dict or {}).items()
+        }
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        finally:
+            self._stored_shapes = {}
         # PEFT does this for rank_pattern
         config = cast(DLoRConfig, self.peft_config[adapter_name])
         adapted = [
@@ -99,15 +115,15 @@ class DLoRModel(BaseTuner):
         *,
         parameter_name: str | None = None,
     ) -> None:
-        r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), current_key), config.r)
-        depth = config.depth_pattern.get(get_pattern_key(list(config.depth_pattern), current_key), config.depth)
-        tied_to = self._tied_source(config, adapter_name, current_key)
+        stored_shapes = getattr(self, "_stored_shapes", {})  # PEFT's MixedModel borrows this method
+        r, depth = _rank_and_depth(config, current_key, stored_shapes)
+        tied_to = _tied_source(self, config, adapter_name, current_key)
         # a further parameter of one module nests in the wrapper of the first
         nests = isinstance(target, ParamWrapper) and target.parameter_name != parameter_name
         if isinstance(target, DLoRLayer) and not nests:
             target.update_layer(adapter_name, r, depth, config, tied_to)
             return
-        new_module = self._create_new_module(
+        new_module = DLoRModel._create_new_module(
             config,
             adapter_name,
             target,
@@ -155,17 +171,6 @@ class DLoRModel(BaseTuner):
                 stacklevel=2,
             )
         return new_module
-
-    def _tied_source(self, config: DLoRConfig, adapter_name: str, key: str) -> DLoRLayer | None:
-        if not self._check_tied_module_exists(config, key):
-            return None
-        embedding = self.model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
-        if not isinstance(embedding, DLoRLayer) or adapter_name not in embedding.form:
-            raise ValueError(
-                f"dlor_peft.model: ensure_weight_tying ties {key!r} to the adapter of the input embedding, which has "
-                "none. Do not exclude the embedding, or set ensure_weight_tying=False."
-            )
-        return embedding
 
     def _add_targets_to_tie(self, peft_config: PeftConfig, tied_weight_keys: list[str]) -> None:
         """Adapt the input embedding; the layers tied to it will share its adapter."""
@@ -253,6 +258,35 @@ class _AdapterNames:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return args, {**kwargs, "adapter_names": self.names}
+
+
+def _rank_and_depth(config: DLoRConfig, key: str, stored: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    """Those of the tensors that will be loaded, where they are known, else those that the config has for the layer.
+
+    Where the two differ, the config learns of it, so that it fits when it is saved.
+    """
+    r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
+    depth = config.depth_pattern.get(get_pattern_key(list(config.depth_pattern), key), config.depth)
+    shape = stored.get(f"{key}.dlor_U.weight", (*stored.get(f"{key}.dlor_diag.weight", ()), 0))
+    if len(shape) == 1:
+        return r, depth
+    if shape[-1] != r:
+        config.rank_pattern = {re.escape(key): shape[-1], **config.rank_pattern}
+    if shape[0] != depth:
+        config.depth_pattern = {re.escape(key): shape[0], **config.depth_pattern}
+    return shape[-1], shape[0]
+
+
+def _tied_source(tuner: BaseTuner, config: DLoRConfig, adapter_name: str, key: str) -> DLoRLayer | None:
+    if not tuner._check_tied_module_exists(config, key):
+        return None
+    embedding = tuner.model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+    if not isinstance(embedding, DLoRLayer) or adapter_name not in embedding.form:
+        raise ValueError(
+            f"dlor_peft.model: ensure_weight_tying ties {key!r} to the adapter of the input embedding, which has "
+            "none. Do not exclude the embedding, or set ensure_weight_tying=False."
+        )
+    return embedding
 
 
 def _do_nothing(module: nn.Module, args: tuple) -> None:

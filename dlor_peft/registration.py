@@ -1,10 +1,20 @@
 """Makes "DLOR" a genuine PEFT method. The only file that reaches into PEFT's registry."""
 
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Union
+
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners import mixed
+from peft.tuners.mixed import model as mixed_model
+from peft.utils import hotswap as peft_hotswap
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 
+from . import hotswap
 from .config import DLoRConfig
+from .layers import DLoRLayer
 from .model import DLoRModel
 
 _NAME = "DLOR"
@@ -32,6 +42,50 @@ def register() -> None:
             f"dlor_peft.registration: the PEFT method {_NAME!r} is already provided by `{present.__module__}`. Both "
             f"cannot be used in one process: uninstall dlor-peft and use that one, or do not import dlor_peft."
         )
+    _enable_hotswap(peft_type)
+    _enable_mixing(peft_type)
+
+
+def _enable_hotswap(peft_type: PeftType) -> None:
+    """`peft.utils.hotswap`, which is written for LoRA, hands models with DLoR to `dlor_peft.hotswap`."""
+    peft_hotswap.CONFIG_KEYS_TO_CHECK[peft_type] = list(hotswap.CONFIG_KEYS)
+    for function in (hotswap.hotswap_adapter_from_state_dict, hotswap.prepare_model_for_compiled_hotswap):
+        _route(peft_hotswap, function, lambda model, *args, **kwargs: _has_layer(model))
+
+
+def _enable_mixing(peft_type: PeftType) -> None:
+    """`PeftMixedModel`, which lists the methods that it mixes, lists DLoR."""
+    types = dict.fromkeys((*mixed_model.COMPATIBLE_TUNER_TYPES, peft_type))
+    mixed.COMPATIBLE_TUNER_TYPES = mixed_model.COMPATIBLE_TUNER_TYPES = tuple(types)
+    mixed_model.PREFIXES = list(dict.fromkeys([*mixed_model.PREFIXES, DLoRModel.prefix]))
+    mixed_model.Configs = Union[mixed_model.Configs, DLoRConfig]  # noqa: UP007
+    mixed_model.Layers = (*dict.fromkeys([*mixed_model.Layers, DLoRLayer]),)
+    _route(
+        mixed_model.MixedModel, DLoRModel._create_and_replace, lambda self, config, *args, **kwargs: _is_ours(config)
+    )
+
+
+def _has_layer(model: Any) -> bool:
+    return any(isinstance(module, DLoRLayer) for module in model.modules())
+
+
+def _is_ours(config: Any) -> bool:
+    return isinstance(config, DLoRConfig)
+
+
+def _route(owner: ModuleType | type, function: Callable, applies: Callable[..., bool]) -> None:
+    """Calls of `owner`'s function of that name go to `function` where `applies` to the arguments."""
+    name = function.__name__
+    original = getattr(owner, name)
+    # a reload of this package replaces the route of the former one
+    original = getattr(original, "_without_dlor", original)
+
+    @functools.wraps(original)
+    def route(*args: Any, **kwargs: Any) -> Any:
+        return (function if applies(*args, **kwargs) else original)(*args, **kwargs)
+
+    route._without_dlor = original  # pyright: ignore[reportAttributeAccessIssue]
+    setattr(owner, name, route)
 
 
 def _add_member(enum_class: type[PeftType], name: str) -> None:

@@ -40,14 +40,16 @@ class ActivationLayer(DLoRLayer):
 
     def _base(self, x: Tensor, bias: Tensor | None, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """x W^T where a bias is given, else what the base layer returns."""
-        layer = self.base_layer
-        if bias is None:
-            return layer(x, *args, **kwargs)
-        if self._is_plain() and not args and not kwargs:
+        if bias is not None and self._is_plain() and not args and not kwargs:
             # subtracting the bias again would cost the digits that it covers in half precision
             return self._without_bias(x)
-        y = layer(x, *args, **kwargs)
-        return y - self._along_features(bias).to(y.dtype)
+        y = self.base_layer(x, *args, **kwargs)
+        if not isinstance(y, Tensor):
+            raise TypeError(
+                f"dlor_peft.layers: a {type(self.get_base_layer()).__name__} returns a {type(y).__name__}, where a "
+                "layer that can be adapted returns one tensor. Keep it out with exclude_modules."
+            )
+        return y if bias is None else y - self._along_features(bias).to(y.dtype)
 
     def _is_plain(self) -> bool:
         """Whether calling the base layer is its weight and bias and nothing else: no hook, no sharded weight."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
@@ -155,6 +157,17 @@ class DLoRLayer(nn.Module, BaseTunerLayer):
                 filled = new[0] if name.startswith("dlor_diag") else new[0, ..., : value.shape[-1]]
                 filled.copy_(value)
             weight.data = new
+
+    @torch.no_grad()
+    def pad_rank(self, r: int) -> None:
+        """Give all adapters the rank r by columns of zeros in U and V, which add nothing; those of r = 0 stay."""
+        for adapter_name, form in self.form.items():
+            if form.r == 0 or adapter_name in self.tied_to:
+                continue
+            for name in ("dlor_U", "dlor_V"):
+                factor = getattr(self, name)[adapter_name]
+                factor.weight.data = F.pad(factor.weight.data, (0, r - form.r))
+            self.r[adapter_name], self.form[adapter_name] = r, replace(form, r=r)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the scale s of one adapter: W' = W + s (W'(1) - W). 1 is the trained adapter."""
