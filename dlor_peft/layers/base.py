@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..config import DLoRConfig
 from ..form import Form, Residual
@@ -54,6 +55,7 @@ class DLoRLayer(nn.Module, BaseTunerLayer):
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self._refuse_tensor_parallel()
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)
         self.in_features, self.out_features = self._features()
         self.dlor_diag = nn.ModuleDict()
@@ -75,6 +77,18 @@ class DLoRLayer(nn.Module, BaseTunerLayer):
     def fan_in_fan_out(self) -> bool:
         """Whether the weight is stored as (in_features, out_features)."""
         return False
+
+    def _refuse_tensor_parallel(self) -> None:
+        base_layer = self.get_base_layer()
+        weight = getattr(base_layer, self.parameter_name, None)
+        mesh = set(weight.device_mesh.mesh_dim_names or ()) if isinstance(weight, DTensor) else set()
+        # FSDP2 shards what is stored and computes with the whole; any other mesh computes with a part
+        if getattr(base_layer, "_hf_tp_plan", None) or not mesh <= {"fsdp"}:
+            raise ValueError(
+                f"dlor_peft.layers: the {self.parameter_name} of this {type(base_layer).__name__} is split over "
+                "devices that each compute a part of the layer (tensor parallelism), where a diagonal and factors of "
+                "the whole do not fit. Load the model without tp_plan, adapt it, and shard it by FSDP2 or ZeRO."
+            )
 
     def get_base_layer(self) -> Any:
         """The innermost base layer; which attributes it has depends on its kind."""
