@@ -204,13 +204,13 @@ class DLoRConfig(PeftConfig):
             _check_items("trainable_token_indices", indices, int, "a token id", alone=False)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
-                "dlor_peft.config: layers_to_transform cannot be used when target_modules is a str. Name the layers "
-                "in the regex, or pass target_modules as a list."
+                "dlor_peft.config: `layers_to_transform` cannot be used when `target_modules` is a str. Name the "
+                "layers in the regex, or pass target_modules as a list."
             )
         if isinstance(self.target_modules, str) and self.layers_pattern is not None:
             raise ValueError(
-                "dlor_peft.config: layers_pattern cannot be used when target_modules is a str. Name the layers in the "
-                "regex, or pass target_modules as a list."
+                "dlor_peft.config: `layers_pattern` cannot be used when `target_modules` is a str. Name the "
+                "layers in the regex, or pass target_modules as a list."
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(

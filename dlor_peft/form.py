@@ -160,6 +160,38 @@ class Form:
         """Whether W x itself, without the bias of the layer, is scaled or multiplied."""
         return self.side in ("output", "both")
 
+    def enter(self, residual: Residual, x: Any, scale: float, dropout: Map, mix: Update = update) -> tuple[Any, Any]:
+        """What the frozen weight is applied to, and x after dropout, which `leave` takes."""
+        q, U, V, q_in = residual
+        dropped = dropout(x)
+        if self.mode == "multiplicative" and self.side == "input":
+            return mix(x, dropped, q, U, V, scale), dropped
+        on_input = q if self.side == "input" else q_in
+        if self.mode == "scaled" and on_input is not None:
+            return mix(x, dropped, on_input, scale=scale), dropped
+        return x, dropped
+
+    def leave(
+        self,
+        residual: Residual,
+        y: Tensor,
+        dropped: Any,
+        scale: float,
+        dropout: Map,
+        mix: Update = update,
+        term: Update = update,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """What becomes of the output y of the frozen layer, which holds `bias`: the adapter acts on y without it."""
+        q, U, V, _ = residual
+        if self.mode == "additive":
+            return term(y, dropped, q, U, V, scale)
+        if self.acts_on_output:
+            z = y if bias is None else y - bias.to(y.dtype)
+            low_rank = (U, V) if self.mode == "multiplicative" else (None, None)
+            y = mix(y, dropout(z), q, *low_rank, scale)
+        return term(y, dropped, None, U, V, scale) if self.mode == "scaled" and self.r else y
+
     def forward(
         self,
         residual: Residual,
@@ -169,31 +201,23 @@ class Form:
         dropout: Map,
         mix: Update = update,
         term: Update = update,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        """x W'^T, with base(x) = x W^T; x (..., I), the result (..., O) has the dtype of base(x).
+        """x W'^T + bias, with base(x) = x W^T + bias; x (..., I), the result (..., O) has the dtype of base(x).
 
-        `base` may itself be an adapted layer, and may add a bias unless the form acts on the output. Dropout acts on
-        the input of the update, never on the path through the frozen weight. Side "both" calls `base` a second time
-        where scale is not 1. A layer whose activations are not (..., features) brings its own update: `mix` between
-        the features of one activation, `term` from the layer's input to its output.
+        `base` may itself be an adapted layer. Dropout acts on the input of the update, never on the path through the
+        frozen weight. A layer whose activations are not (..., features) brings its own update: `mix` between the
+        features of one activation, `term` from the layer's input to its output.
         """
-        q, U, V, q_in = residual
-        if self.mode == "additive":
-            return term(base(x), dropout(x), q, U, V, scale)
-        if self.mode == "multiplicative" and self.side == "input":
-            return base(mix(x, dropout(x), q, U, V, scale))
-        if self.mode == "multiplicative":
-            y = base(x)
-            return mix(y, dropout(y), q, U, V, scale)
-        if self.side == "both" and scale != 1:
-            return torch.lerp(base(x), self.forward(residual, x, base, 1.0, dropout, mix, term), scale)
-        on_input = q if self.side == "input" else q_in
-        on_output = None if self.side == "input" else q
-        dropped = dropout(x)
-        y = base(x if on_input is None else mix(x, dropped, on_input, scale=scale))
-        if on_output is not None:
-            y = mix(y, dropout(y), on_output, scale=scale)
-        return term(y, dropped, None, U, V, scale) if self.r else y
+        if self.calls_twice(scale):
+            adapted = self.forward(residual, x, base, 1.0, dropout, mix, term, bias)
+            return torch.lerp(base(x), adapted, scale)
+        entered, dropped = self.enter(residual, x, scale, dropout, mix)
+        return self.leave(residual, base(entered), dropped, scale, dropout, mix, term, bias)
+
+    def calls_twice(self, scale: float) -> bool:
+        """Whether `forward` calls the frozen layer twice: W' of side "both" is no W scaled once where s is not 1."""
+        return self.side == "both" and scale != 1
 
     def delta_weight(self, residual: Residual, W: Tensor, scale: float) -> Tensor:
         """W' - W, (..., O, I K), in the dtype of W without subtracting: small updates keep their precision.

@@ -74,8 +74,8 @@ BAD_COMBINATIONS = [
     ({"diagonal": "none", "side": "input"}, r'no meaning in mode "scaled" with diagonal="none".*Leave side="auto"'),
     ({"diagonal": "none", "side": "output"}, r'no meaning in mode "scaled" with diagonal="none"'),
     ({"diagonal": "none", "side": "both"}, r'no meaning in mode "scaled" with diagonal="none"'),
-    ({"target_modules": ".*q", "layers_to_transform": [0]}, r"layers_to_transform cannot be used when .* is a str"),
-    ({"target_modules": ".*q", "layers_pattern": "h"}, r"layers_pattern cannot be used when target_modules is a str"),
+    ({"target_modules": ".*q", "layers_to_transform": [0]}, r"`layers_to_transform` cannot be used when .* is a str"),
+    ({"target_modules": ".*q", "layers_pattern": "h"}, r"`layers_pattern` cannot be used when .* is a str"),
     ({"target_modules": ["q"], "layers_pattern": "h"}, r"`layers_to_transform` must also be specified"),
     ({"layers_pattern": ["h"]}, r"`layers_to_transform` must also be specified"),
 ]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..form import Map
@@ -22,26 +23,48 @@ class ActivationLayer(DLoRLayer):
     plain_types: tuple[type[nn.Module], ...] = ()
 
     def _adapted_forward(self, x: Tensor, adapter_names: list[str], args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        # adding the bias last keeps it out of what the adapters multiply
-        bias = self._bias(x) if any(self.form[name].acts_on_output for name in adapter_names) else None
-        base: Map = partial(self._base, bias=bias, args=args, kwargs=kwargs)
+        inner, last = self._biases(x, adapter_names, plain_call=not (args or kwargs))
+        base: Map = partial(self._base, without_bias=last is not None, args=args, kwargs=kwargs)
         for name in adapter_names:
-            base = partial(
-                self.form[name].forward,
-                self.residual(name),
-                base=base,
-                scale=self.scaling[name],
-                dropout=partial(self._dropped, self.dlor_dropout[name]),
-                mix=self._mix,
-                term=self._term,
-            )
+            forward, residual = self.form[name].forward, self.residual(name)
+            base = partial(forward, residual, base=base, term=self._term, bias=inner, **self._means(name))
         y = base(x)
-        return y if bias is None else y + self._along_features(bias).to(y.dtype)
+        return y if last is None else y + last.to(y.dtype)
 
-    def _base(self, x: Tensor, bias: Tensor | None, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        """x W^T where a bias is given, else what the base layer returns."""
-        if bias is not None and self._is_plain() and not args and not kwargs:
-            # subtracting the bias again would cost the digits that it covers in half precision
+    def _mixed_batch_forward(self, x: Tensor, adapter_names: list[str], args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """Each row through its adapter, and all rows through the base layer at once."""
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(adapter_names):
+            rows.setdefault(name if name in self.form else "__base__", []).append(row)
+        apart = [name for name in rows if name in self.form and self.form[name].calls_twice(self.scaling[name])]
+        together = [name for name in rows if name not in apart]
+        names = [name for name in together if name in self.form]
+        inner, last = self._biases(x, names, plain_call=not (args or kwargs))
+        means = {name: {"residual": self.residual(name), **self._means(name)} for name in names}
+        inputs: dict[str, tuple[Any, Any]] = {
+            name: self.form[name].enter(x=x[rows[name]], **means[name]) if name in names else (x[rows[name]], None)
+            for name in together
+        }
+        parts = {name: self._adapted_forward(x[rows[name]], [name], args, kwargs) for name in apart}
+        if together:
+            y = self._base(torch.cat([entered for entered, _ in inputs.values()]), last is not None, args, kwargs)
+            for name, part in zip(together, y.split([len(rows[name]) for name in together]), strict=True):
+                if name in names:
+                    leave = self.form[name].leave
+                    part = leave(y=part, dropped=inputs[name][1], term=self._term, bias=inner, **means[name])
+                parts[name] = part if last is None else part + last.to(part.dtype)
+        order = torch.tensor([row for name in parts for row in rows[name]], device=x.device)
+        return torch.cat(list(parts.values()))[order.argsort()]
+
+    def _means(self, name: str) -> dict[str, Any]:
+        return {
+            "scale": self.scaling[name],
+            "dropout": partial(self._dropped, self.dlor_dropout[name]),
+            "mix": self._mix,
+        }
+
+    def _base(self, x: Tensor, without_bias: bool, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        if without_bias:
             return self._without_bias(x)
         y = self.base_layer(x, *args, **kwargs)
         if not isinstance(y, Tensor):
@@ -49,7 +72,22 @@ class ActivationLayer(DLoRLayer):
                 f"dlor_peft.layers: a {type(self.get_base_layer()).__name__} returns a {type(y).__name__}, where a "
                 "layer that can be adapted returns one tensor. Keep it out with exclude_modules."
             )
-        return y if bias is None else y - self._along_features(bias).to(y.dtype)
+        return y
+
+    def _biases(self, x: Tensor, adapter_names: list[str], plain_call: bool) -> tuple[Tensor | None, Tensor | None]:
+        """The bias in the base layer's output, which adapters of the output leave out, and that to add in the end.
+
+        Subtracting the bias keeps the untrained adapter the exact identity, but in half precision it costs the digits
+        that the bias covers. There the base layer is applied without it, where that can be done.
+        """
+        bias = self._bias(x) if any(self.form[name].acts_on_output for name in adapter_names) else None
+        if bias is None:
+            return None, None
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        if dtype.itemsize < 4 and plain_call and self._is_plain():
+            return None, self._along_features(bias)
+        return self._along_features(bias), None
 
     def _is_plain(self) -> bool:
         """Whether calling the base layer is its weight and bias and nothing else: no hook, no sharded weight."""

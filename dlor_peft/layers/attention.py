@@ -16,6 +16,9 @@ class UncalledLinear(ParameterLayer):
 
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        # other layers do so when they are called
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         return self.adapted_weight()
 
 
@@ -23,10 +26,12 @@ class MultiheadAttention(ParameterLayer):
     """DLoR on the in-projection, W (3 embed_dim, embed_dim), and on the out-projection of one attention layer.
 
     The projections to query, key and value have one adapter, as they have one weight. Where they have three, because
-    their inputs differ in width, name those in `target_parameters`.
+    their inputs differ in width, name those in `target_parameters`. Dropout drops features of the input of the update,
+    the same ones for all tokens.
     """
 
     parameter_name = "in_proj_weight"
+    mixed_batch_error = TypeError
 
     def update_layer(
         self, adapter_name: str, r: int, depth: int, config: DLoRConfig, tied_to: DLoRLayer | None = None

@@ -295,8 +295,15 @@ class DLoRLayer(nn.Module, BaseTunerLayer):
         if W.dtype.itemsize < 2:
             W = W.float()
         for name in active:
-            W = W + self._delta(name, W)
+            W = W + self._delta_after_dropout(name, W)
         return self._as_stored(W).to(stored.dtype)
+
+    def _delta_after_dropout(self, adapter: str, W: Tensor) -> Tensor:
+        """Without its input at hand, the update is dropped by features of the input, the same ones for all tokens."""
+        delta, dropout = self._delta(adapter, W), self.dlor_dropout[adapter]
+        if isinstance(dropout, nn.Dropout) and dropout.training:
+            return delta * dropout(delta.new_ones(delta.shape[-1]))
+        return delta
 
     def _delta(self, adapter: str, W: Tensor) -> Tensor:
         return self.form[adapter].delta_weight(self.residual(adapter), W, self.scaling[adapter])
@@ -360,18 +367,8 @@ class DLoRLayer(nn.Module, BaseTunerLayer):
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
 
-    def _mixed_batch_forward(self, x: Tensor, adapter_names: list[str], args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        rows: dict[str, list[int]] = {}
-        for row, name in enumerate(adapter_names):
-            rows.setdefault(name if name in self.form else "__base__", []).append(row)
-        parts = [
-            self._adapted_forward(x[indices], [name], args, kwargs)
-            if name in self.form
-            else self.base_layer(x[indices], *args, **kwargs)
-            for name, indices in rows.items()
-        ]
-        order = torch.tensor([row for indices in rows.values() for row in indices], device=x.device)
-        return torch.cat(parts)[order.argsort()]
+    def _mixed_batch_forward(self, x: Tensor, adapter_names: list[str], args: tuple, kwargs: dict[str, Any]) -> Any:
+        raise NotImplementedError
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True

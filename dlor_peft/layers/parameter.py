@@ -16,13 +16,7 @@ from .base import DLoRLayer
 class ParameterLayer(DLoRLayer):
     """A layer whose base runs with W' in the place of W. W' is formed anew in every call, and so costs its size."""
 
-    def resolve_form(self, config: DLoRConfig, r: int, depth: int) -> Form:
-        if config.dlor_dropout:
-            raise ValueError(
-                f"dlor_peft.layers.parameter: dlor_dropout={config.dlor_dropout} needs the input of the update, which "
-                f"an adapted parameter ({self.parameter_name!r}) does not see. Set dlor_dropout=0."
-            )
-        return super().resolve_form(config, r, depth)
+    mixed_batch_error: type[Exception] = ValueError
 
     def _adapted_forward(self, x: Tensor, adapter_names: list[str], args: tuple, kwargs: dict[str, Any]) -> Any:
         base, name, weight = self.get_base_layer(), self.parameter_name, self.adapted_weight()
@@ -45,9 +39,9 @@ class ParameterLayer(DLoRLayer):
 
     def _check_adapter_names(self, x: Tensor, adapter_names: list[str] | None) -> None:
         if adapter_names is not None:
-            raise ValueError(
-                f"dlor_peft.layers.parameter: {type(self).__name__} does not support mixed adapter batches "
-                "(adapter_names): one parameter serves all rows. Use one adapter a batch."
+            raise self.mixed_batch_error(
+                f"dlor.{type(self).__name__} does not support mixed adapter batches yet (adapter_names): one "
+                "parameter serves all rows. Use one adapter a batch."
             )
 
 
@@ -95,6 +89,11 @@ class ParamWrapper(ParameterLayer):
         return (rows, columns) if self.fan_in_fan_out else (columns, rows)
 
     def resolve_form(self, config: DLoRConfig, r: int, depth: int) -> Form:
+        if config.dlor_dropout:
+            raise ValueError(
+                f"dlor_peft.layers.parameter: dlor_dropout={config.dlor_dropout} needs the input of the update, which "
+                f"an adapter of a parameter ({self.parameter_name!r}) does not see. Set dlor_dropout=0."
+            )
         form = super().resolve_form(config, r, depth)
         return form.of_experts(self._shape[0]) if len(self._shape) == 3 else form
 
