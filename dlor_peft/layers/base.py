@@ -28,6 +28,9 @@ class StackedWeight(nn.Module):
     def forward(self) -> Tensor:
         return self.weight
 
+    def extra_repr(self) -> str:
+        return " x ".join(map(str, self.weight.shape))
+
 
 class DLoRLayer(nn.Module, BaseTunerLayer):
     """The adapters of one layer: their tensors, form, scale and dropout, by adapter name.
@@ -372,6 +375,9 @@ class DLoRLayer(nn.Module, BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
 
     def __repr__(self) -> str:
         return "dlor." + super().__repr__()

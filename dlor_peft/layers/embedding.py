@@ -47,13 +47,12 @@ class Embedding(ActivationLayer):
 
     @torch.no_grad()
     def reset_parameters(self, adapter_name: str, init_weights: bool) -> None:
-        """As for other layers, but U is random and V is 0: training then changes the tokens that occur, no others."""
+        """As for other layers, but V = 0 and U is standard normal, as LoRA starts embeddings: training then changes the
+        tokens that occur, and no others."""
         super().reset_parameters(adapter_name, init_weights)
         if self.r[adapter_name] and self.form[adapter_name].mode != "multiplicative":
-            # a one-hot input has one feature, not num_embeddings: 1 is the bound that goes with it
-            nn.init.uniform_(self.dlor_U[adapter_name](), -1, 1)
-            bound = 0 if init_weights else 1
-            nn.init.uniform_(self.dlor_V[adapter_name](), -bound, bound)
+            nn.init.normal_(self.dlor_U[adapter_name]())
+            nn.init.normal_(self.dlor_V[adapter_name](), std=0 if init_weights else 1)
 
     def _dropped(self, dropout: nn.Module, x: Tensor) -> Tensor | _Tokens:
         if x.is_floating_point():

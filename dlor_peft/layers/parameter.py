@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from ..config import DLoRConfig
@@ -19,23 +20,14 @@ class ParameterLayer(DLoRLayer):
     mixed_batch_error: type[Exception] = ValueError
 
     def _adapted_forward(self, x: Tensor, adapter_names: list[str], args: tuple, kwargs: dict[str, Any]) -> Any:
-        base, name, weight = self.get_base_layer(), self.parameter_name, self.adapted_weight()
+        weight = self.adapted_weight()
         if weight.is_meta and not x.is_meta:
             raise ValueError(
-                f"dlor_peft.layers.parameter: the parameter {name!r} is offloaded, and an adapter of it needs it in "
-                "memory. Give the module that holds it a device in device_map."
+                f"dlor_peft.layers.parameter: the parameter {self.parameter_name!r} is offloaded, and an adapter of "
+                "it needs it in memory. Give the module that holds it a device in device_map."
             )
-        if parametrize.is_parametrized(base, name):
-            steps = base.parametrizations[name]  # pyright: ignore[reportIndexIssue, reportArgumentType]
-            parametrize.register_parametrization(base, name, _Instead(weight), unsafe=True)
-            try:
-                return self.base_layer(x, *args, **kwargs)
-            finally:
-                del steps[-1]  # pyright: ignore
-        path, layer = name, self.base_layer
-        while isinstance(layer, DLoRLayer):
-            path, layer = f"base_layer.{path}", layer.base_layer
-        return functional_call(self.base_layer, {path: weight}, (x, *args), kwargs)
+        with _instead(self.get_base_layer(), self.parameter_name, weight):
+            return self.base_layer(x, *args, **kwargs)
 
     def _check_adapter_names(self, x: Tensor, adapter_names: list[str] | None) -> None:
         if adapter_names is not None:
@@ -45,12 +37,36 @@ class ParameterLayer(DLoRLayer):
             )
 
 
-class _Instead(nn.Module):
-    """The last step of a parametrisation, which puts another tensor in its place."""
+@contextmanager
+def _instead(module: nn.Module, name: str, weight: Tensor) -> Iterator[None]:
+    """`module.name` is `weight` for the time being."""
+    if parametrize.is_parametrized(module, name):
+        # a property of the class, which no attribute of the module hides: one more step of the parametrisation does
+        parametrize.register_parametrization(module, name, _Constant(weight), unsafe=True)
+        steps = cast(Any, module.parametrizations)[name]
+        try:
+            yield
+        finally:
+            del steps[-1]
+        return
+    # an attribute hides the parameter of that name; FSDP has one there itself while the module runs
+    hidden = module.__dict__.get(name)
+    module.__dict__[name] = weight
+    try:
+        yield
+    finally:
+        if hidden is None:
+            del module.__dict__[name]
+        else:
+            module.__dict__[name] = hidden
+
+
+class _Constant(nn.Module):
+    """A step of a parametrisation that puts another tensor in its place."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        # not a parameter of this module, nor a buffer
+        # in a tuple it is no parameter of this module
         self.weight = (weight,)
 
     def forward(self, _: Tensor) -> Tensor:
@@ -109,4 +125,4 @@ class ParamWrapper(ParameterLayer):
         return layer
 
     def extra_repr(self) -> str:
-        return f"parameter_name={self.parameter_name!r}"
+        return f"parameter_name={self.parameter_name!r}, {super().extra_repr()}"
