@@ -47,8 +47,7 @@ class Embedding(ActivationLayer):
 
     @torch.no_grad()
     def reset_parameters(self, adapter_name: str, init_weights: bool) -> None:
-        """As for other layers, but V = 0 and U is standard normal, as LoRA starts embeddings: training then changes the
-        tokens that occur, and no others."""
+        """V = 0 and U standard normal, as LoRA starts embeddings: training changes the tokens that occur, only."""
         super().reset_parameters(adapter_name, init_weights)
         if self.r[adapter_name] and self.form[adapter_name].mode != "multiplicative":
             nn.init.normal_(self.dlor_U[adapter_name]())
