@@ -175,7 +175,8 @@ class DLoRModel(BaseTuner):
     def _add_targets_to_tie(self, peft_config: PeftConfig, tied_weight_keys: list[str]) -> None:
         """Adapt the input embedding; the layers tied to it will share its adapter."""
         config = cast(DLoRConfig, peft_config)
-        config.target_modules_to_tie = set(tied_weight_keys)
+        # an earlier adapter has moved the weight into its base layer
+        config.target_modules_to_tie = {key.removesuffix(".base_layer") for key in tied_weight_keys}
         embedding = self._input_embedding_name()
         if isinstance(config.target_modules, str):
             config.target_modules = f"({config.target_modules})|{re.escape(embedding)}"
@@ -185,7 +186,7 @@ class DLoRModel(BaseTuner):
     def _add_modules_to_save_to_tie(self, peft_config: PeftConfig, tied_weight_keys: list[str]) -> None:
         """Train the input embedding in full; the layers tied to it will share the trained weight."""
         config = cast(DLoRConfig, peft_config)
-        config.modules_to_tie = set(tied_weight_keys)
+        config.modules_to_tie = {key.removesuffix(".base_layer") for key in tied_weight_keys}
         embedding = self._input_embedding_name()
         others = [
             name

@@ -106,7 +106,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130(tmp_path):
     while "are trainable" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 130
     assert error.strip().splitlines()[-1] == "dlor: interrupted"
     assert "Traceback" not in error

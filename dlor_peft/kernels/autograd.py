@@ -1,5 +1,6 @@
 """update() as one differentiable operation that keeps only x and x V."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,47 +11,48 @@ from . import reference
 
 
 class _Update(torch.autograd.Function):
-    """acc + scale (q * x + (x V) U^T) for 2-D tensors; `is_residual` says that acc is x itself, acc is None then."""
+    """acc + q * x + (x V) U^T for 2-D tensors, and x V; `is_residual` says that acc is x itself, acc is None then."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        ctx: Any,
-        acc: Tensor | None,
-        x: Tensor,
-        q: Tensor | None,
-        U: Tensor,
-        V: Tensor,
-        scale: float,
-        is_residual: bool,
-    ) -> Tensor:
+        acc: Tensor | None, x: Tensor, q: Tensor | None, U: Tensor, V: Tensor, is_residual: bool
+    ) -> tuple[Tensor, Tensor]:
         q_cast = None if q is None else q.to(x.dtype)
-        out, t = reference.update(x if is_residual else acc, x, q_cast, U.to(x.dtype), V.to(x.dtype), scale)
-        _, _, needs_q, needs_U, needs_V, *_ = ctx.needs_input_grad
+        return reference.update(x if is_residual else acc, x, q_cast, U.to(x.dtype), V.to(x.dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        _, x, q, U, V, ctx.is_residual = inputs
+        _, t = output
+        _, _, needs_q, needs_U, needs_V, _ = ctx.needs_input_grad
+        ctx.mark_non_differentiable(t)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if needs_q or needs_V else None, t if needs_U else None, q, U, V)
-        ctx.scale, ctx.is_residual = scale, is_residual
-        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if g is None:
+            return (None,) * 6
         x, t, q, U, V = ctx.saved_tensors
-        needs_acc, needs_x, needs_q, needs_U, needs_V, *_ = ctx.needs_input_grad
+        needs_acc, needs_x, needs_q, needs_U, needs_V, _ = ctx.needs_input_grad
         dx = dq = dU = dV = gU = None
         if needs_x:
             q_cast = None if q is None else q.to(g.dtype)
-            acc = g if ctx.is_residual else None
-            dx, gU = reference.update(acc, g, q_cast, V.to(g.dtype), U.to(g.dtype), ctx.scale)
+            dx, gU = reference.update(g if ctx.is_residual else None, g, q_cast, V.to(g.dtype), U.to(g.dtype))
         elif needs_V:
             gU = g @ U.to(g.dtype)
         if needs_q:
             assert q is not None
-            dq = reference.grad_q(g, x, q, ctx.scale).to(q.dtype)
+            dq = reference.grad_q(g, x, q).to(q.dtype)
         if needs_U:
-            dU = reference.grad_U(g, t, ctx.scale).to(U.dtype)
+            dU = reference.grad_U(g, t).to(U.dtype)
         if needs_V:
             assert gU is not None
-            dV = reference.grad_V(x, gU, ctx.scale).to(V.dtype)
-        return g if needs_acc else None, dx, dq, dU, dV, None, None
+            dV = reference.grad_V(x, gU).to(V.dtype)
+        return g if needs_acc else None, dx, dq, dU, dV, None
 
 
 def update(
@@ -77,13 +79,20 @@ def update(
     if U is None or V is None:
         # two tensors: torch.compile refuses one that is passed twice
         U, V = x.new_empty(x.shape[-1], 0), x.new_empty(x.shape[-1], 0)
+    if scale != 1:
+        # outside of the operation, where torch.compile takes it for a variable
+        q, U = None if q is None else q * scale, U * scale
+    device = x.device.type
+    is_autocast = torch.is_autocast_enabled(device)
     is_residual = acc is x
-    if is_residual and x.dtype is not torch.float64 and torch.is_autocast_enabled(x.device.type):
-        acc = x = x.to(torch.get_autocast_dtype(x.device.type))
+    if is_residual and is_autocast and x.dtype is not torch.float64:
+        acc = x = x.to(torch.get_autocast_dtype(device))
     if acc is not None:
         x = x.to(acc.dtype)
     width = U.shape[0]
     acc_TO = None if acc is None or is_residual else acc.reshape(-1, width)
-    with torch.autocast(x.device.type, enabled=False):
-        out = _Update.apply(acc_TO, x.reshape(-1, x.shape[-1]), q, U, V, scale, is_residual)
-    return out.reshape(*x.shape[:-1], width)  # pyright: ignore[reportOptionalMemberAccess]
+    operation = _Update.apply if torch.is_grad_enabled() else _Update.forward
+    # torch.export keeps the context in its graph
+    with torch.autocast(device, enabled=False) if is_autocast else nullcontext():
+        out, _ = operation(acc_TO, x.reshape(-1, x.shape[-1]), q, U, V, is_residual)
+    return out.reshape(*x.shape[:-1], width)

@@ -163,12 +163,12 @@ class DLoRLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def set_residual(self, adapter_name: str, residual: Residual) -> None:
-        """Overwrite the tensors of an adapter of depth 1. A scalar fills a vector diagonal; columns of U and V beyond
-        those given keep U = 0, so that they add nothing and can still be trained."""
+        """Overwrite the tensors of a fresh adapter of depth 1. A scalar fills a vector diagonal; columns of U and V
+        beyond those given stay as they started, so that they add nothing and can still be trained."""
         values = {"dlor_diag": residual.q, "dlor_diag_in": residual.q_in, "dlor_U": residual.U, "dlor_V": residual.V}
         for name in self.form[adapter_name].shapes:
             value, weight = values[name], getattr(self, name)[adapter_name].weight
-            new = weight.detach().clone() if name == "dlor_V" else torch.zeros_like(weight)
+            new = torch.zeros_like(weight) if name.startswith("dlor_diag") else weight.detach().clone()
             if value is not None:
                 new = new.to(value.dtype)
                 filled = new[0] if name.startswith("dlor_diag") else new[0, ..., : value.shape[-1]]

@@ -1,8 +1,10 @@
-"""add_weighted_adapter, "svd": full rank is the exact sum, less is the best low-rank part; and what is refused."""
+"""add_weighted_adapter, "svd": full rank is the exact sum, less is the best low-rank part."""
 
 import pytest
 import torch
 from tiny_models import adapted, add, distance, layers, logits
+
+from dlor_peft.weighted import Combination
 
 MIXED = [
     ("scaled-both", "scaled-both"),
@@ -106,54 +108,62 @@ def test_the_default_rank_counts_rank_pattern():
     assert model.peft_config["sum"].r == 5
 
 
-@pytest.mark.parametrize("name", ["a.b", "half"])
-def test_a_name_that_torch_refuses_leaves_no_config(name):
-    """No module name holds a dot, and "half" is a method of every module."""
-    model = pair("llama", "additive", "additive")
-    with pytest.raises(KeyError):
-        model.add_weighted_adapter(["default", "second"], WEIGHTS, name, combination_type="cat")
-    assert list(model.peft_config) == ["default", "second"]
+def test_the_rank_asked_for_is_the_rank_even_where_less_would_do():
+    model = pair("llama", "scaled", "scaled")
+    combine(model, 10)
+    assert model.peft_config["sum"].r == 10
+    assert {layer.r["sum"] for layer in layers(model).values()} == {10}
 
 
-REFUSED = [
-    ({"adapters": ["default", "nobody"]}, "must name existing adapters.*'default', 'second'"),
-    ({"adapters": [], "weights": []}, "must name existing adapters"),
-    ({"weights": [1.0]}, "2 adapters need as many weights, but got 1"),
-    ({"combination_type": "ties"}, "combination_type must be one of 'cat', 'svd'.*'ties'"),
-    ({"adapter_name": "second"}, "'second' exists already: choose another"),
-    ({"svd_rank": 0}, "svd_rank=0 must be at least 1"),
-    ({"svd_rank": -2}, "svd_rank=-2 must be at least 1"),
-    ({"svd_rank": 4, "combination_type": "cat"}, 'goes with combination_type="svd"'),
-    ({"combination_type": "cat"}, '"cat" needs adapters of one mode.*Use combination_type="svd"'),
-    ({"adapter_name": "lor"}, "part of the parameter prefix"),
-]
+@pytest.mark.parametrize(("first", "second"), [("scaled", "scaled"), ("scaled-both", "multiplicative-output-3")])
+def test_clamped_factors(first, second):
+    """The entries of U and V beyond the quantile are cut off there; full or reduced matrices make no difference."""
+    model = pair("llama", first, second)
+    names = ["default", "second"]
+    for name, options in [("plain", {}), ("reduced", {"svd_full_matrices": False}), ("clamped", {"svd_clamp": 0.9})]:
+        model.add_weighted_adapter(names, WEIGHTS, name, svd_rank=4, **options)
+    for layer in layers(model).values():
+        plain, reduced, clamped = (layer.residual(name) for name in ("plain", "reduced", "clamped"))
+        assert distance(reduced.U @ reduced.V.T, plain.U @ plain.V.T) < 1e-5
+        entries = torch.cat([plain.U.flatten(), plain.V.flatten()])
+        bound = torch.quantile(torch.cat([entries, -entries]), 0.9)
+        largest = max(clamped.U.abs().max(), clamped.V.abs().max())
+        assert largest.item() == pytest.approx(bound.item(), rel=0.05)
+        want = plain.U.clamp(-largest, largest) @ plain.V.clamp(-largest, largest).T
+        assert distance(clamped.U @ clamped.V.T, want) < 1e-4
 
 
-@pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=str)
-def test_a_refusal_leaves_the_model_as_it_was(arguments, message):
-    model = pair("llama", "scaled-both", "additive")
-    keys, want = set(model.state_dict()), logits(model, "llama")
-    call = {"adapters": ["default", "second"], "weights": WEIGHTS, "adapter_name": "sum", **arguments}
-    with pytest.raises(ValueError, match=message):
-        model.add_weighted_adapter(**call)
-    assert list(model.peft_config) == ["default", "second"]
-    assert set(model.state_dict()) == keys
-    assert distance(logits(model, "llama"), want) == 0
+def test_all_is_clamped_at_the_largest_where_nothing_has_to_be_truncated():
+    model = pair("llama", "scaled", "scaled")
+    combine(model, 6, "plain")
+    model.add_weighted_adapter(["default", "second"], WEIGHTS, "sum", svd_rank=6, svd_clamp=0.75)
+    for layer in layers(model).values():
+        got, plain = layer.residual("sum"), layer.residual("plain")
+        kept = torch.cat([got.U.flatten(), got.V.flatten()]).abs()
+        assert (kept == kept.max()).float().mean().item() == pytest.approx(0.5, abs=0.02)
+        assert distance(got.U @ got.V.T, plain.U @ plain.V.T) > 0.05
 
 
-def test_trained_biases_are_refused_without_a_trace():
-    model = adapted("llama", "additive", bias="dlor_only")
-    add(model, "second", "llama", "additive")
-    with pytest.raises(ValueError, match="bias"):
-        model.add_weighted_adapter(["default", "second"], WEIGHTS, "sum", combination_type="cat")
-    assert list(model.peft_config) == ["default", "second"]
+def test_the_options_reach_the_decomposition(monkeypatch):
+    given, svd = [], torch.linalg.svd
+
+    def recorded(matrix, **options):
+        given.append(options)
+        return svd(matrix, full_matrices=options["full_matrices"])
+
+    monkeypatch.setattr(torch.linalg, "svd", recorded)
+    how = Combination("svd", svd_full_matrices=False, svd_driver="gesvdj")
+    how.of_updates([torch.randn(4, 5)], [1.0], rank=2)
+    assert given == [{"full_matrices": False, "driver": "gesvdj"}]
 
 
-def test_trained_tokens_and_twice_saved_modules_are_refused():
-    model = adapted("llama", trainable_token_indices=[1, 2])
-    with pytest.raises(ValueError, match="trainable_token_indices cannot be combined"):
-        model.add_weighted_adapter(["default"], [1.0], "sum")
-    model = adapted("bert", modules_to_save=["classifier"])
-    add(model, "second", "bert", "scaled", modules_to_save=["classifier"])
-    with pytest.raises(ValueError, match=r"save the same module in full .*: default, second"):
-        model.add_weighted_adapter(["default", "second"], WEIGHTS, "sum")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="svd_driver is for CUDA")
+@pytest.mark.parametrize("driver", [None, "gesvd", "gesvdj", "gesvda"])
+def test_drivers_agree(driver):
+    model = pair("llama", "scaled", "scaled").cuda()
+    model.add_weighted_adapter(["default", "second"], WEIGHTS, "sum", svd_rank=2, svd_driver=driver)
+    on_cpu = pair("llama", "scaled", "scaled")
+    combine(on_cpu, 2)
+    for got, want in zip(layers(model).values(), layers(on_cpu).values(), strict=True):
+        assert distance(got.get_delta_weight("sum").cpu(), want.get_delta_weight("sum")) < 1e-4
