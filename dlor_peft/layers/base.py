@@ -70,7 +70,7 @@ class DLoRLayer(nn.Module, BaseTunerLayer):
         self.form: dict[str, Form] = {}
         self.scaling: dict[str, float] = {}
         self.tied_to: dict[str, DLoRLayer] = {}
-        self.merged_adapters = []
+        self._merged_adapters: list[str] = []
         self._unmerged: Tensor | _Snapshot | None = None
         self.cast_input_dtype_enabled = True
         self._active_adapter = adapter_name
@@ -217,27 +217,36 @@ class DLoRLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: the merged weight is not finite (safe_merge), or the quantised weight cannot be written.
         """
+        owner = self._weight_owner
+        if owner is not self:
+            names = self.active_adapters if adapter_names is None else adapter_names
+            names = [name for name in names if name in self.form and name not in self.merged_adapters]
+            self._check_tied(names)
+            if names:
+                owner.merge(safe_merge, names)
+            return
         adapter_names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.form]
-        own = [name for name in adapter_names if not self._shares_weight_with_tied(name)]
+        if not adapter_names:
+            return
+        self.check_mergeable()
+        stored = self.get_base_weight()
+        W = self._as_matrix(stored).to(torch.promote_types(stored.dtype, torch.float32))
         for name in adapter_names:
-            if name not in own and name not in self.tied_to[name].merged_adapters:
-                self.tied_to[name].merge(safe_merge, [name])
-        if own:
-            self.check_mergeable()
-            stored = self.get_base_weight()
-            W = self._as_matrix(stored).to(torch.promote_types(stored.dtype, torch.float32))
-            for name in own:
-                W = W + self._delta(name, W)
-                if safe_merge and not W.to(stored.dtype).isfinite().all():
-                    raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            if self._unmerged is None:
-                self._unmerged = stored if self.quantization_backend is None else _Snapshot(self.get_base_layer())
-            self.set_base_weight(self._as_stored(W).to(stored.dtype).contiguous())
+            W = W + self._delta(name, W)
+            if safe_merge and not W.to(stored.dtype).isfinite().all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        if self._unmerged is None:
+            self._unmerged = stored if self.quantization_backend is None else _Snapshot(self.get_base_layer())
+        self.set_base_weight(self._as_stored(W).to(stored.dtype).contiguous())
         self.merged_adapters.extend(adapter_names)
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """W <- the weight before the first merge, bit for bit."""
+        if self._weight_owner is not self:
+            if self.merged:
+                self._weight_owner.unmerge()
+            return
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -272,12 +281,13 @@ class DLoRLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def delta_matrix(self, adapter: str) -> Tensor:
         """W' - W of one adapter alone, (..., out_features, in_features), float32 or wider."""
-        if isinstance(self._unmerged, _Snapshot):
+        unmerged = self._weight_owner._unmerged
+        if isinstance(unmerged, _Snapshot):
             raise ValueError(
                 "dlor_peft.layers: the update is relative to the unmerged weight, which is put away in its quantised "
                 "form while an adapter is merged. Call unmerge first."
             )
-        W = self._as_matrix(self.get_base_weight() if self._unmerged is None else self._unmerged)
+        W = self._as_matrix(self.get_base_weight() if unmerged is None else unmerged)
         return self._delta(adapter, W.to(torch.promote_types(W.dtype, torch.float32)))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -319,9 +329,26 @@ class DLoRLayer(nn.Module, BaseTunerLayer):
         """The inverse of `_as_matrix`."""
         return matrix.mT if self.fan_in_fan_out else matrix
 
-    def _shares_weight_with_tied(self, adapter: str) -> bool:
-        source = self.tied_to.get(adapter)
-        return source is not None and source.get_base_layer().weight is self.get_base_layer().weight
+    @property
+    def merged_adapters(self) -> list[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Names of the merged adapters in their order; layers that have one weight have one such list."""
+        return self._weight_owner._merged_adapters
+
+    @property
+    def _weight_owner(self) -> DLoRLayer:
+        """The layer that merges into the weight: of tied layers that share it, the one that they are tied to."""
+        for source in self.tied_to.values():
+            if source.get_base_layer().weight is self.get_base_layer().weight:
+                return source
+        return self
+
+    def _check_tied(self, adapter_names: list[str]) -> None:
+        untied = [name for name in adapter_names if name not in self.tied_to]
+        if untied:
+            raise ValueError(
+                f"dlor_peft.layers: {', '.join(untied)} adapts one of the layers that share a weight, and merging "
+                "would change the others. Train it with ensure_weight_tying=True, or untie the layers first."
+            )
 
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
