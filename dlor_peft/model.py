@@ -66,6 +66,7 @@ class DLoRModel(BaseTuner):
             for name, module in model.named_modules()
             if isinstance(module, DLoRLayer) and adapter_name in module.form
         ]
+        adapted += self.targeted_parameter_names
         unmatched = [
             key for key in config.depth_pattern if not any(get_pattern_key([key], name) == key for name in adapted)
         ]

@@ -11,11 +11,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from .attention import MultiheadAttention, UncalledLinear
-from .base import DLoRLayer, StackedWeight
+from .base import DLoRLayer
 from .conv import Conv
 from .embedding import Embedding
 from .linear import Linear
 from .parameter import ParamWrapper
+from .parts import StackedWeight
 
 __all__ = ["DLoRLayer", "ParamWrapper", "StackedWeight", "layer_class"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -16,20 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from ..config import DLoRConfig
 from ..form import Form, Residual
-
-
-class StackedWeight(nn.Module):
-    """One stacked tensor as `.weight`, the leaf module that sharding and hot-swapping look for. Calls return it."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape))
-
-    def forward(self) -> Tensor:
-        return self.weight
-
-    def extra_repr(self) -> str:
-        return " x ".join(map(str, self.weight.shape))
+from .parts import Snapshot, StackedWeight
 
 
 class DLoRLayer(nn.Module, BaseTunerLayer):
@@ -71,7 +57,7 @@ class DLoRLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.tied_to: dict[str, DLoRLayer] = {}
         self._merged_adapters: list[str] = []
-        self._unmerged: Tensor | _Snapshot | None = None
+        self._unmerged: Tensor | Snapshot | None = None
         self.cast_input_dtype_enabled = True
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, depth, config, tied_to)
@@ -236,7 +222,7 @@ class DLoRLayer(nn.Module, BaseTunerLayer):
             if safe_merge and not W.to(stored.dtype).isfinite().all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         if self._unmerged is None:
-            self._unmerged = stored if self.quantization_backend is None else _Snapshot(self.get_base_layer())
+            self._unmerged = stored if self.quantization_backend is None else Snapshot(self.get_base_layer())
         self.set_base_weight(self._as_stored(W).to(stored.dtype).contiguous())
         self.merged_adapters.extend(adapter_names)
 
@@ -250,7 +236,7 @@ class DLoRLayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        if isinstance(self._unmerged, _Snapshot):
+        if isinstance(self._unmerged, Snapshot):
             self.base_layer = self._unmerged.restore()
         elif self._unmerged is not None:
             # the model may have been moved or cast while it was merged
@@ -282,7 +268,7 @@ class DLoRLayer(nn.Module, BaseTunerLayer):
     def delta_matrix(self, adapter: str) -> Tensor:
         """W' - W of one adapter alone, (..., out_features, in_features), float32 or wider."""
         unmerged = self._weight_owner._unmerged
-        if isinstance(unmerged, _Snapshot):
+        if isinstance(unmerged, Snapshot):
             raise ValueError(
                 "dlor_peft.layers: the update is relative to the unmerged weight, which is put away in its quantised "
                 "form while an adapter is merged. Call unmerge first."
@@ -408,23 +394,3 @@ class DLoRLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "dlor." + super().__repr__()
-
-
-class _Snapshot:
-    """A quantised layer as it is: backends replace its parameters, its state, or the layer itself."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
-        self.attributes = {
-            name: copy.copy(value) if isinstance(value, dict) or name == "state" else value
-            for name, value in layer.__dict__.items()
-        }
-        # bitsandbytes keeps the state of the quantisation on the parameter
-        self.of_parameters = [(parameter, dict(parameter.__dict__)) for parameter in layer.parameters(recurse=False)]
-
-    def restore(self) -> nn.Module:
-        """The layer, as it was."""
-        for target, attributes in [(self.layer, self.attributes), *self.of_parameters]:
-            target.__dict__.clear()
-            target.__dict__.update(attributes)
-        return self.layer
