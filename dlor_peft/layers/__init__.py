@@ -16,9 +16,8 @@ from .conv import Conv
 from .embedding import Embedding
 from .linear import Linear
 from .parameter import ParamWrapper
-from .parts import StackedWeight
 
-__all__ = ["DLoRLayer", "ParamWrapper", "StackedWeight", "layer_class"]
+__all__ = ["DLoRLayer", "ParamWrapper", "layer_class"]
 
 # the first match counts
 _CLASSES: tuple[tuple[type[nn.Module], type[DLoRLayer]], ...] = (
