@@ -8,6 +8,7 @@ from typing import Any, Union
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners import mixed
 from peft.tuners.mixed import model as mixed_model
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import hotswap as peft_hotswap
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
@@ -63,6 +64,19 @@ def _enable_mixing(peft_type: PeftType) -> None:
     _route(
         mixed_model.MixedModel, DLoRModel._create_and_replace, lambda self, config, *args, **kwargs: _is_ours(config)
     )
+    _route(mixed_model.MixedModel, merge_adapter, lambda self, *args, **kwargs: _has_layer(self))
+
+
+def merge_adapter(self: BaseTuner, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    """Merge nested layers of several methods from the inside, as the forward pass applies them.
+
+    PEFT's order is from the outside, which is as good for sums alone.
+    """
+    self._check_merge_allowed()
+    for module in reversed(list(self.model.modules())):
+        if isinstance(module, BaseTunerLayer):
+            with onload_layer(module):
+                module.merge(adapter_names=adapter_names, safe_merge=safe_merge)
 
 
 def _has_layer(model: Any) -> bool:

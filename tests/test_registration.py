@@ -115,7 +115,8 @@ def test_reloads_and_a_fresh_import_map_to_the_new_classes():
         old = dlor_peft.DLoRConfig
         importlib.reload(dlor_peft)
         assert configs["DLOR"] is dlor_peft.DLoRConfig is old
-        parts = ["layers." + part for part in "parts base activation linear conv embedding parameter attention".split()]
+        parts = "parts quantised base activation linear conv embedding parameter attention".split()
+        parts = ["layers." + part for part in parts]
         for name in ["maths", "card", "fields", "config", "kernels", "form", *parts, "layers", "combine", "model",
                      "registration"]:
             importlib.reload(importlib.import_module("dlor_peft." + name))

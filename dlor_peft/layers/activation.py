@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -71,6 +72,12 @@ class ActivationLayer(DLoRLayer):
             raise TypeError(
                 f"dlor_peft.layers: a {type(self.get_base_layer()).__name__} returns a {type(y).__name__}, where a "
                 "layer that can be adapted returns one tensor. Keep it out with exclude_modules."
+            )
+        if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
+            warnings.warn(
+                f"dlor_peft.layers: a {type(self.get_base_layer()).__name__} passes no gradient to its input: nothing "
+                "before it is trained.",
+                stacklevel=2,
             )
         return y
 

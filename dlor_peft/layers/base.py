@@ -9,13 +9,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils import resolve_quantization_backend
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..config import DLoRConfig
 from ..form import Form, Residual
-from .parts import Snapshot, StackedWeight
+from .parts import StackedWeight
+from .quantised import Snapshot, dequantised, refusal, write
 
 
 class DLoRLayer(nn.Module, BaseTunerLayer):
@@ -222,7 +223,7 @@ class DLoRLayer(nn.Module, BaseTunerLayer):
             if safe_merge and not W.to(stored.dtype).isfinite().all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         if self._unmerged is None:
-            self._unmerged = stored if self.quantization_backend is None else Snapshot(self.get_base_layer())
+            self._unmerged = stored if self.quantization_backend is None else Snapshot(self)
         self.set_base_weight(self._as_stored(W).to(stored.dtype).contiguous())
         self.merged_adapters.extend(adapter_names)
 
@@ -237,7 +238,7 @@ class DLoRLayer(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         if isinstance(self._unmerged, Snapshot):
-            self.base_layer = self._unmerged.restore()
+            self._unmerged.restore(self)
         elif self._unmerged is not None:
             # the model may have been moved or cast while it was merged
             self.set_base_weight(self._unmerged.to(self.get_base_weight()))
@@ -247,20 +248,22 @@ class DLoRLayer(nn.Module, BaseTunerLayer):
     def check_mergeable(self) -> None:
         """ValueError where the base weight is quantised by a backend that cannot write a weight back."""
         backend = self.quantization_backend
-        if backend is not None and not backend.supports_merge:
+        reason = None if backend is None else refusal(backend, self.get_base_layer())
+        if backend is not None and reason is not None:
             raise ValueError(
-                f"dlor_peft.layers: cannot merge into a weight quantised by {backend.backend_name}, which cannot be "
-                "written back. Load the adapter on the unquantised base model and merge there."
+                f"dlor_peft.layers: cannot merge into a weight quantised by {backend.backend_name} "
+                f"({type(self.get_base_layer()).__name__}): {reason}. Load the adapter on the unquantised base model "
+                "and merge there."
             )
 
     def get_base_weight(self) -> Tensor:
         if self.quantization_backend is not None:
-            return super().get_base_weight()
+            return dequantised(self.quantization_backend, self.get_base_layer())
         return getattr(self.get_base_layer(), self.parameter_name).data
 
     def set_base_weight(self, weight_data: Tensor) -> None:
         if self.quantization_backend is not None:
-            super().set_base_weight(weight_data)
+            write(self, self.quantization_backend, weight_data)
         else:
             getattr(self.get_base_layer(), self.parameter_name).data = weight_data
 
@@ -390,7 +393,9 @@ class DLoRLayer(nn.Module, BaseTunerLayer):
         return True
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}"
+        features = f"in_features={self.in_features}, out_features={self.out_features}"
+        quantisation = quantization_extra_repr(self)
+        return f"{features}, {quantisation}" if quantisation else features
 
     def __repr__(self) -> str:
         return "dlor." + super().__repr__()
