@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .combine import add_weighted_adapter
 from .config import DLoRConfig
 from .layers import DLoRLayer, ParamWrapper, layer_class
+from .layers.attention import UncalledLinear
 
 _PREFIX = "dlor_"
 
@@ -173,6 +174,44 @@ class DLoRModel(BaseTuner):
             )
         return new_module
 
+    _tied_to_embedding: list[str] | None = None
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        # PEFT finds them by the names of their parameters, which are others once the layers are wrapped
+        if self._tied_to_embedding is None:
+            self._tied_to_embedding = super()._get_module_names_tied_with_embedding()
+        return self._tied_to_embedding
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
+        config = cast(DLoRConfig, peft_config)
+        tied = self._get_module_names_tied_with_embedding() if config.ensure_weight_tying else []
+        if tied:
+            # PEFT knows the input embedding by two names only
+            group = (*tied, self._input_embedding_name())
+            if any(f".{key}".endswith(f".{name}") for key in group for name in config.modules_to_save or ()):
+                return self._add_modules_to_save_to_tie(config, tied)
+            if any(self._check_target_module_exists(config, key) for key in group):
+                return self._add_targets_to_tie(config, tied)
+        return super()._check_tied_modules(model, peft_config)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        # PEFT goes on to save embeddings from this dict: they are saved as they are without the merged adapters
+        for name, layer in model.named_modules():
+            if isinstance(layer, DLoRLayer) and layer.merged:
+                key = f"{name}.base_layer.{layer.parameter_name}"
+                unmerged = layer._weight_owner._unmerged
+                if isinstance(unmerged, Tensor) and key in state_dict:
+                    state_dict[key] = unmerged
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+
     def _add_targets_to_tie(self, peft_config: PeftConfig, tied_weight_keys: list[str]) -> None:
         """Adapt the input embedding; the layers tied to it will share its adapter."""
         config = cast(DLoRConfig, peft_config)
@@ -187,6 +226,15 @@ class DLoRModel(BaseTuner):
     def _add_modules_to_save_to_tie(self, peft_config: PeftConfig, tied_weight_keys: list[str]) -> None:
         """Train the input embedding in full; the layers tied to it will share the trained weight."""
         config = cast(DLoRConfig, peft_config)
+        for key in tied_weight_keys:
+            module = self.model.get_submodule(key)
+            module = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
+            if not isinstance(module, nn.Linear) or module.bias is not None:
+                raise ValueError(
+                    "dlor_peft.model: with ensure_weight_tying, modules_to_save can train an embedding that is tied "
+                    f"to linear layers without bias; {key!r} is another layer, in whose place PEFT would put one. "
+                    "Adapt the embedding through target_modules instead."
+                )
         config.modules_to_tie = {key.removesuffix(".base_layer") for key in tied_weight_keys}
         embedding = self._input_embedding_name()
         others = [
@@ -223,6 +271,10 @@ class DLoRModel(BaseTuner):
             yield
             return
         self._check_adapter_names(adapter_names)
+        for layer in self.modules():
+            # such a layer is read, not called, so that no hook reaches it
+            if isinstance(layer, UncalledLinear):
+                layer._check_adapter_names(adapter_names, adapter_names)  # pyright: ignore[reportArgumentType]
         num_beams = kwargs.get("num_beams") or 1
         # beam search repeats each row; the encoder of an encoder-decoder runs before that
         repeated = [name for name in adapter_names for _ in range(num_beams)]

@@ -24,6 +24,10 @@ class ActivationLayer(DLoRLayer):
     plain_types: tuple[type[nn.Module], ...] = ()
 
     def _adapted_forward(self, x: Tensor, adapter_names: list[str], args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        if x.is_nested:
+            # nn.TransformerEncoder makes one of a padded batch
+            rows = [self._adapted_forward(row, adapter_names, args, kwargs) for row in x.unbind()]
+            return torch.nested.as_nested_tensor(rows, layout=x.layout)
         inner, last = self._biases(x, adapter_names, plain_call=not (args or kwargs))
         base: Map = partial(self._base, without_bias=last is not None, args=args, kwargs=kwargs)
         for name in adapter_names:

@@ -27,7 +27,7 @@ class DLoRLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("dlor_diag", "dlor_diag_in", "dlor_U", "dlor_V")
-    other_param_names = ("r", "form", "scaling", "tied_to", "dlor_dropout")
+    other_param_names = ("r", "form", "scaling", "tied_to", "shares_weight", "dlor_dropout")
 
     base_layer: nn.Module
     # the adapted parameter of the base layer
@@ -57,6 +57,7 @@ class DLoRLayer(nn.Module, BaseTunerLayer):
         self.form: dict[str, Form] = {}
         self.scaling: dict[str, float] = {}
         self.tied_to: dict[str, DLoRLayer] = {}
+        self.shares_weight: dict[str, bool] = {}
         self._merged_adapters: list[str] = []
         self._unmerged: Tensor | Snapshot | None = None
         self.cast_input_dtype_enabled = True
@@ -115,6 +116,7 @@ class DLoRLayer(nn.Module, BaseTunerLayer):
                 form = form.transpose()
             factors = {name: getattr(tied_to, name)[adapter_name] for name in form.shapes}
             self.tied_to[adapter_name] = tied_to
+            self.shares_weight[adapter_name] = self._weight_owner is not self
         self.r[adapter_name], self.form[adapter_name], self.scaling[adapter_name] = r, form, 1.0
         self.dlor_dropout[adapter_name] = nn.Dropout(config.dlor_dropout) if config.dlor_dropout else nn.Identity()
         for name in self.adapter_layer_names:
@@ -152,6 +154,9 @@ class DLoRLayer(nn.Module, BaseTunerLayer):
     def set_residual(self, adapter_name: str, residual: Residual) -> None:
         """Overwrite the tensors of a fresh adapter of depth 1. A scalar fills a vector diagonal; columns of U and V
         beyond those given stay as they started, so that they add nothing and can still be trained."""
+        if adapter_name in self.tied_to:
+            # the tensors are those of another layer, and are written there
+            return
         values = {"dlor_diag": residual.q, "dlor_diag_in": residual.q_in, "dlor_U": residual.U, "dlor_V": residual.V}
         for name in self.form[adapter_name].shapes:
             value, weight = values[name], getattr(self, name)[adapter_name].weight
@@ -246,13 +251,23 @@ class DLoRLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
 
     def check_mergeable(self) -> None:
-        """ValueError where the base weight is quantised by a backend that cannot write a weight back."""
+        """ValueError where the base weight cannot be written: by its quantisation backend, or because it is computed,
+        or because layers share it that do not share the adapter."""
+        if self._weight_owner is not self:
+            self._check_tied([name for name in self.active_adapters if name in self.form])
         backend = self.quantization_backend
-        reason = None if backend is None else refusal(backend, self.get_base_layer())
+        base_layer = self.get_base_layer()
+        if backend is None and self.parameter_name not in base_layer._parameters:
+            raise ValueError(
+                f"dlor_peft.layers: cannot merge into the {self.parameter_name} of this {type(base_layer).__name__}: "
+                "it is computed from other tensors in every call (a parametrisation, or weight normalisation), and "
+                "what is written there is lost. Remove the parametrisation first."
+            )
+        reason = None if backend is None else refusal(backend, base_layer)
         if backend is not None and reason is not None:
             raise ValueError(
                 f"dlor_peft.layers: cannot merge into a weight quantised by {backend.backend_name} "
-                f"({type(self.get_base_layer()).__name__}): {reason}. Load the adapter on the unquantised base model "
+                f"({type(base_layer).__name__}): {reason}. Load the adapter on the unquantised base model "
                 "and merge there."
             )
 
@@ -317,6 +332,12 @@ class DLoRLayer(nn.Module, BaseTunerLayer):
     def _as_stored(self, matrix: Tensor) -> Tensor:
         """The inverse of `_as_matrix`."""
         return matrix.mT if self.fan_in_fan_out else matrix
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        if self.shares_weight.get(adapter_name) and self._weight_owner is self:
+            # PEFT saves embeddings too and, with low_cpu_mem_usage, assigns what it loads: to each tied layer its own
+            self.get_base_layer().weight = self.tied_to[adapter_name].get_base_layer().weight
 
     @property
     def merged_adapters(self) -> list[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -390,7 +411,8 @@ class DLoRLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
+        # PEFT converts the weights of linear layers, and takes W' - W for one whatever the layer is
+        return False
 
     def extra_repr(self) -> str:
         features = f"in_features={self.in_features}, out_features={self.out_features}"

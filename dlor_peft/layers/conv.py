@@ -62,7 +62,10 @@ class Conv(ActivationLayer):
         return self._conv._conv_forward(x, self._conv.weight, None)
 
     def _response_to_zero(self, x: Tensor) -> Tensor:
-        extent = [d * (k - 1) + 1 for d, k in zip(self._conv.dilation, self._conv.kernel_size, strict=True)]
+        conv = self._conv
+        # as wide as the kernel, and wide enough for the padding to be read off
+        widths = zip(conv.dilation, conv.kernel_size, conv._reversed_padding_repeated_twice[::-2], strict=True)
+        extent = [d * (k - 1) + 1 + p for d, k, p in widths]
         return self.base_layer(x.new_zeros(1, self.in_features, *extent))[0].flatten(1)[:, 0]
 
     def _along_features(self, bias: Tensor) -> Tensor:
@@ -87,8 +90,9 @@ class Conv(ActivationLayer):
 
         x_last = channels_last(x)
         acc_last = x_last if acc is x else None if acc is None else channels_last(acc)
-        y = update(acc_last, x_last, q, U, V, scale)
-        return y.movedim(-1, dim).flatten(dim - 1, dim)
+        y = update(acc_last, x_last, q, U, V, scale).movedim(-1, dim).flatten(dim - 1, dim)
+        # in the layout of x, on which the kernel of the convolution, and so its rounding, depends
+        return y if y.stride() == x.stride() else torch.empty_like(x, dtype=y.dtype).copy_(y)
 
     def _term(
         self,

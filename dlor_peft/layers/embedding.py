@@ -71,17 +71,23 @@ class Embedding(ActivationLayer):
         assert U is not None
         assert V is not None
         base, ids = self.get_base_layer(), x.ids
-        update_of_token = F.embedding(ids, V.to(acc.dtype), padding_idx=base.padding_idx) @ U.mT.to(acc.dtype)
+        update_of_token = F.embedding(ids, V, padding_idx=base.padding_idx).to(acc.dtype) @ U.mT.to(acc.dtype)
         if q is not None:
             # the rectangular identity maps the first tokens to a feature each
             m = min(self.in_features, self.out_features)
             feature = ids.clamp(max=m - 1).unsqueeze(-1)
-            value = q.to(acc.dtype).expand(m)[feature] * (ids < m).unsqueeze(-1)
-            update_of_token = update_of_token.scatter_add(-1, feature, value)
+            value = q.expand(m)[feature] * (ids < m).unsqueeze(-1)
+            if base.padding_idx is not None:
+                # as in F.embedding, the padding token is not trained
+                value = torch.where(ids.unsqueeze(-1) == base.padding_idx, value.detach(), value)
+            # under autocast the product has a dtype of its own
+            update_of_token = update_of_token.scatter_add(-1, feature, value.to(update_of_token.dtype))
         if x.factor is not None:
             update_of_token = update_of_token * x.factor.to(acc.dtype)
         # some embeddings multiply what they look up
-        embed_scale = self._get_embed_scale()
+        embed_scale = getattr(base, "embed_scale", None)
         if embed_scale is not None:
-            update_of_token = update_of_token * embed_scale.to(acc.dtype)
+            # a buffer or a number; PEFT's helper puts the number where the weight is, which may be offloaded
+            factor = embed_scale.to(acc.dtype) if isinstance(embed_scale, Tensor) else embed_scale
+            update_of_token = update_of_token * factor
         return acc + scale * update_of_token

@@ -15,17 +15,9 @@ class Linear(ActivationLayer):
     def fan_in_fan_out(self) -> bool:
         return isinstance(self.get_base_layer(), Conv1D)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
     def _without_bias(self, x: Tensor) -> Tensor:
         weight = self.get_base_layer().weight
         return x @ weight if self.fan_in_fan_out else nn.functional.linear(x, weight)
-
-
-class MatrixOnlyLinear(Linear):
-    """DLoR on the output projection of torch.nn.MultiheadAttention, which reads its weight and never calls it."""
-
-    plain_types = (nn.modules.linear.NonDynamicallyQuantizableLinear,)
-
-    @property
-    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The adapted weight W', (out_features, in_features)."""
-        return self.adapted_weight()

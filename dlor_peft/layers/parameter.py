@@ -19,17 +19,23 @@ class ParameterLayer(DLoRLayer):
 
     mixed_batch_error: type[Exception] = ValueError
 
-    def _adapted_forward(self, x: Tensor, adapter_names: list[str], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base layer is called, which may be by keywords, or with nothing."""
+        self._check_adapter_names(args, kwargs.pop("adapter_names", None))
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged or not any(name in self.form for name in self.active_adapters):
+            return self.base_layer(*args, **kwargs)
         weight = self.adapted_weight()
-        if weight.is_meta and not x.is_meta:
+        if weight.is_meta and not any(isinstance(x, Tensor) and x.is_meta for x in (*args, *kwargs.values())):
             raise ValueError(
                 f"dlor_peft.layers.parameter: the parameter {self.parameter_name!r} is offloaded, and an adapter of "
                 "it needs it in memory. Give the module that holds it a device in device_map."
             )
         with _instead(self.get_base_layer(), self.parameter_name, weight):
-            return self.base_layer(x, *args, **kwargs)
+            return self.base_layer(*args, **kwargs)
 
-    def _check_adapter_names(self, x: Tensor, adapter_names: list[str] | None) -> None:
+    def _check_adapter_names(self, x: Any, adapter_names: list[str] | None) -> None:
         if adapter_names is not None:
             raise self.mixed_batch_error(
                 f"dlor.{type(self).__name__} does not support mixed adapter batches yet (adapter_names): one "
