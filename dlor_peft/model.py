@@ -48,11 +48,7 @@ class DLoRModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        if adapter_name in _PREFIX:
-            raise ValueError(
-                f"dlor_peft.model: the adapter name {adapter_name!r} is part of the parameter prefix {_PREFIX!r}, "
-                "which makes PEFT lose the adapter's weights when it is loaded. Choose another, such as 'default'."
-            )
+        _check_name(adapter_name)
         self._stored_shapes = {
             key.removeprefix("_orig_mod."): tuple(tensor.shape) for key, tensor in (state_dict or {}).items()
         }
@@ -117,7 +113,9 @@ class DLoRModel(BaseTuner):
         *,
         parameter_name: str | None = None,
     ) -> None:
-        stored_shapes = getattr(self, "_stored_shapes", {})  # PEFT's MixedModel borrows this method
+        # PEFT's MixedModel borrows this method
+        _check_name(adapter_name)
+        stored_shapes = getattr(self, "_stored_shapes", {})
         r, depth = _rank_and_depth(config, current_key, stored_shapes)
         tied_to = _tied_source(self, config, adapter_name, current_key)
         # a further parameter of one module nests in the wrapper of the first
@@ -312,6 +310,14 @@ class _AdapterNames:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return args, {**kwargs, "adapter_names": self.names}
+
+
+def _check_name(adapter_name: str) -> None:
+    if adapter_name in _PREFIX:
+        raise ValueError(
+            f"dlor_peft.model: the adapter name {adapter_name!r} is part of the parameter prefix {_PREFIX!r}, which "
+            "makes PEFT lose the adapter's weights when it is loaded. Choose another, such as 'default'."
+        )
 
 
 def _rank_and_depth(config: DLoRConfig, key: str, stored: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:

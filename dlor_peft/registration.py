@@ -5,7 +5,11 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Union
 
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
 from peft.tuners import mixed
 from peft.tuners.mixed import model as mixed_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
@@ -34,10 +38,13 @@ def register() -> None:
     peft_type = PeftType[_NAME]
     present = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
     if present is None:
-        register_peft_method(name=_NAME.lower(), config_cls=DLoRConfig, model_cls=DLoRModel)
+        register_peft_method(
+            name=_NAME.lower(), config_cls=DLoRConfig, model_cls=DLoRModel, is_mixed_compatible=True
+        )
     elif present.__module__.partition(".")[0] == __package__:
         PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = DLoRConfig
         PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = DLoRModel
+        PEFT_TYPE_TO_MIXED_MODEL_MAPPING[peft_type] = DLoRModel
     else:
         raise ImportError(
             f"dlor_peft.registration: the PEFT method {_NAME!r} is already provided by `{present.__module__}`. Both "
