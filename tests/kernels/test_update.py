@@ -152,4 +152,4 @@ def test_autocast_takes_the_residual_form_to_the_autocast_dtype():
 
 def test_the_reference_returns_xV():
     acc, x, q, U, V = tensors(8, 6, 5, 2, "vector", torch.float64)
-    torch.testing.assert_close(reference_update(acc, x, q, U, V, 1.0)[1], x @ V)
+    torch.testing.assert_close(reference_update(acc, x, q, U, V)[1], x @ V)
