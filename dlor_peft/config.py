@@ -196,6 +196,11 @@ class DLoRConfig(PeftConfig):
             value = getattr(self, name)
             for pattern in [value] if isinstance(value, str) else value if isinstance(value, dict) else ():
                 _check_regex(name, pattern)
+        if isinstance(self.target_parameters, str):
+            raise TypeError(
+                "dlor_peft.config: `target_parameters` must be a list of strings or None. It is "
+                f"{self.target_parameters!r}: write it as a list."
+            )
         for name in ("modules_to_save", "target_parameters"):
             _check_items(name, getattr(self, name), str, "a string", alone=False)
         _check_items("layers_to_transform", self.layers_to_transform, int, "a layer index", alone=True)

@@ -26,7 +26,8 @@ def hotswap_adapter_from_state_dict(
     """Write the tensors of another adapter into those of a loaded one; its scale stays as it was set.
 
     An adapter of smaller rank or depth is padded by zeros, which are the identity; a layer that it does not adapt
-    becomes the identity. Nothing is changed where an error is raised.
+    becomes the identity. For one of larger rank the tensors grow, for which a compiled model is compiled again:
+    `prepare_model_for_compiled_hotswap` makes room before. Nothing is changed where an error is raised.
 
     Args:
         model: holds the adapter; may be compiled.
@@ -40,6 +41,9 @@ def hotswap_adapter_from_state_dict(
         RuntimeError: the other adapter adapts what the loaded one does not.
     """
     old = _tensors(model, adapter_name)
+    if not old:
+        known = sorted({name for layer in model.modules() if isinstance(layer, DLoRLayer) for name in layer.form})
+        raise ValueError(f"dlor_peft.hotswap: there is no adapter {adapter_name!r}; there are {', '.join(known)}.")
     new = {_plain_name(key): tensor for key, tensor in state_dict.items()}
     unexpected = sorted(set(new) - set(old))
     if unexpected:
@@ -48,13 +52,20 @@ def hotswap_adapter_from_state_dict(
             "that is loaded first must adapt every layer that the others adapt."
         )
     for key, tensor in new.items():
-        if tensor.ndim != old[key].ndim or any(n > o for n, o in zip(tensor.shape, old[key].shape, strict=True)):
+        # depth is the first dimension; rank is the last of U and V, and can grow
+        is_factor = key.split(".")[-3] in ("dlor_U", "dlor_V")
+        widths = slice(1, -1) if is_factor else slice(1, None)
+        room = old[key].shape
+        if len(tensor.shape) != len(room) or tensor.shape[0] > room[0] or tensor.shape[widths] != room[widths]:
             raise ValueError(
                 f"dlor_peft.hotswap: {key} has the shape {tuple(tensor.shape)}, which does not fit into "
-                f"{tuple(old[key].shape)}. Load the adapter of the largest rank and depth first, or make room by "
-                "prepare_model_for_compiled_hotswap(model, target_rank=...)."
+                f"{tuple(room)}. Load the adapter of the largest depth first, on the same base model."
             )
-    for key, tensor in old.items():
+    for name, layer in model.named_modules():
+        factor = new.get(_plain_name(f"{name}.dlor_U.{adapter_name}.weight"))
+        if isinstance(layer, DLoRLayer) and factor is not None and factor.shape[-1] > layer.r[adapter_name]:
+            layer.pad_rank(factor.shape[-1], [adapter_name])
+    for key, tensor in _tensors(model, adapter_name).items():
         padded = torch.zeros_like(tensor)
         if key in new:
             padded[tuple(map(slice, new[key].shape))] = new[key].to(padded)
@@ -80,13 +91,16 @@ def prepare_model_for_compiled_hotswap(
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None):
         if check_compiled not in ("error", "warn", "ignore"):
             raise ValueError(
-                f"dlor_peft.hotswap: check_compiled must be 'error', 'warn' or 'ignore', but it is {check_compiled!r}."
+                f"check_compiles should be one of 'error', 'warn', or 'ignore', got '{check_compiled}' instead."
             )
-        message = "Call prepare_model_for_compiled_hotswap *before* compiling the model"
         if check_compiled == "error":
-            raise ValueError(message)
+            raise ValueError("Call prepare_model_for_compiled_hotswap *before* compiling the model")
         if check_compiled == "warn":
-            warnings.warn(f"{message}: it will be compiled again.", stacklevel=2)
+            warnings.warn(
+                "prepare_model_for_compiled_hotswap was called with a model that is already compiled: it will be "
+                "compiled again.",
+                stacklevel=2,
+            )
     layers = [module for module in model.modules() if isinstance(module, DLoRLayer)]
     if not layers:
         raise ValueError(
@@ -98,13 +112,13 @@ def prepare_model_for_compiled_hotswap(
     largest = max((r for layer in layers for r in layer.r.values()), default=0)
     if largest > target_rank:
         raise ValueError(
-            f"dlor_peft.hotswap: target_rank={target_rank} is less than the rank {largest} of a loaded adapter. Pass "
-            "the largest rank among all adapters."
+            f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger "
+            f"({largest}). Pass the largest rank among all adapters."
         )
     for layer in layers:
         layer.pad_rank(target_rank)
     for each in config.values() if isinstance(config, dict) else [config] if config else []:
-        each.r, each.rank_pattern = target_rank, {}
+        each.r, each.rank_pattern = target_rank, dict.fromkeys(each.rank_pattern, target_rank)
 
 
 def _tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:

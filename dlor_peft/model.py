@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
     get_quantization_kwargs,
 )
 from peft.utils.other import get_pattern_key
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from .combine import add_weighted_adapter
 from .config import DLoRConfig
 from .layers import DLoRLayer, ParamWrapper, layer_class
-from .layers.attention import UncalledLinear
+from .layers.attention import MultiheadAttention, UncalledLinear
 
 _PREFIX = "dlor_"
 
@@ -56,8 +58,10 @@ class DLoRModel(BaseTuner):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         finally:
             self._stored_shapes = {}
-        # PEFT does this for rank_pattern
         config = cast(DLoRConfig, self.peft_config[adapter_name])
+        for key in config.modules_to_tie or ():
+            _restore_kind(cast(ModulesToSaveWrapper, model.get_submodule(key)), adapter_name)
+        # PEFT does this for rank_pattern
         adapted = [
             name
             for name, module in model.named_modules()
@@ -118,6 +122,10 @@ class DLoRModel(BaseTuner):
         stored_shapes = getattr(self, "_stored_shapes", {})
         r, depth = _rank_and_depth(config, current_key, stored_shapes)
         tied_to = _tied_source(self, config, adapter_name, current_key)
+        if isinstance(parent, MultiheadAttention):
+            # its out-projection, which it adapts itself
+            parent = parent.get_base_layer()
+            target = cast(nn.Module, parent.out_proj)
         # a further parameter of one module nests in the wrapper of the first
         nests = isinstance(target, ParamWrapper) and target.parameter_name != parameter_name
         if isinstance(target, DLoRLayer) and not nests:
@@ -224,15 +232,6 @@ class DLoRModel(BaseTuner):
     def _add_modules_to_save_to_tie(self, peft_config: PeftConfig, tied_weight_keys: list[str]) -> None:
         """Train the input embedding in full; the layers tied to it will share the trained weight."""
         config = cast(DLoRConfig, peft_config)
-        for key in tied_weight_keys:
-            module = self.model.get_submodule(key)
-            module = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
-            if not isinstance(module, nn.Linear) or module.bias is not None:
-                raise ValueError(
-                    "dlor_peft.model: with ensure_weight_tying, modules_to_save can train an embedding that is tied "
-                    f"to linear layers without bias; {key!r} is another layer, in whose place PEFT would put one. "
-                    "Adapt the embedding through target_modules instead."
-                )
         config.modules_to_tie = {key.removesuffix(".base_layer") for key in tied_weight_keys}
         embedding = self._input_embedding_name()
         others = [
@@ -270,8 +269,8 @@ class DLoRModel(BaseTuner):
             return
         self._check_adapter_names(adapter_names)
         for layer in self.modules():
-            # such a layer is read, not called, so that no hook reaches it
-            if isinstance(layer, UncalledLinear):
+            # the second is read, not called, so that no hook reaches it
+            if isinstance(layer, MultiheadAttention | UncalledLinear):
                 layer._check_adapter_names(adapter_names, adapter_names)  # pyright: ignore[reportArgumentType]
         num_beams = kwargs.get("num_beams") or 1
         # beam search repeats each row; the encoder of an encoder-decoder runs before that
@@ -347,6 +346,13 @@ def _tied_source(tuner: BaseTuner, config: DLoRConfig, adapter_name: str, key: s
             "none. Do not exclude the embedding, or set ensure_weight_tying=False."
         )
     return embedding
+
+
+def _restore_kind(wrapper: ModulesToSaveWrapper, adapter_name: str) -> None:
+    """Make what is trained in the place of a tied layer of its kind: PEFT puts a linear layer without bias there."""
+    original, trained = cast(Any, wrapper.original_module), cast(Any, wrapper.modules_to_save[adapter_name])
+    wrapper.modules_to_save[adapter_name] = copy.deepcopy(original, {id(original.weight): trained.weight})
+    wrapper.modules_to_save[adapter_name].requires_grad_(trained.weight.requires_grad)
 
 
 def _do_nothing(module: nn.Module, args: tuple) -> None:

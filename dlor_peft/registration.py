@@ -38,9 +38,7 @@ def register() -> None:
     peft_type = PeftType[_NAME]
     present = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
     if present is None:
-        register_peft_method(
-            name=_NAME.lower(), config_cls=DLoRConfig, model_cls=DLoRModel, is_mixed_compatible=True
-        )
+        register_peft_method(name=_NAME.lower(), config_cls=DLoRConfig, model_cls=DLoRModel, is_mixed_compatible=True)
     elif present.__module__.partition(".")[0] == __package__:
         PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = DLoRConfig
         PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = DLoRModel

@@ -43,6 +43,20 @@ class MultiheadAttention(ParameterLayer):
         else:
             attention.out_proj = UncalledLinear(attention.out_proj, adapter_name, r, depth, config)
 
+    def _features(self) -> tuple[int, int]:
+        if not self.get_base_layer()._qkv_same_embed_dim:
+            raise ValueError(
+                "dlor_peft.layers.attention: Only same embed for query/key/value is supported as of now for "
+                'MultiheadAttention. Name "q_proj_weight", "k_proj_weight" and "v_proj_weight" of it in '
+                "target_parameters, and its out_proj in target_modules."
+            )
+        return super()._features()
+
+    @property
+    def out_proj(self) -> nn.Module:
+        """As the base layer has it, without adapters."""
+        return self.get_base_layer().out_proj.get_base_layer()
+
     @property
     def in_proj_weight(self) -> Tensor:
         """The adapted weight: nn.TransformerEncoderLayer reads it past the attention layer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -168,10 +169,10 @@ class DLoRLayer(nn.Module, BaseTunerLayer):
             weight.data = new
 
     @torch.no_grad()
-    def pad_rank(self, r: int) -> None:
-        """Give all adapters the rank r by columns of zeros in U and V, which add nothing; those of r = 0 stay."""
+    def pad_rank(self, r: int, adapter_names: Collection[str] | None = None) -> None:
+        """Give adapters, all where None, the rank r by columns of zeros in U and V, which add nothing; r = 0 stays."""
         for adapter_name, form in self.form.items():
-            if form.r == 0 or adapter_name in self.tied_to:
+            if form.r == 0 or adapter_name in self.tied_to or adapter_name not in (adapter_names or self.form):
                 continue
             for name in ("dlor_U", "dlor_V"):
                 factor = getattr(self, name)[adapter_name]

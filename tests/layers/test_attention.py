@@ -212,7 +212,7 @@ def test_mixed_batches_are_refused(targets):
 
 
 def test_inputs_of_other_widths_are_refused():
-    with pytest.raises(ValueError, match=r"[Ss]ame dim for query/key/value.*target is 'layer'"):
+    with pytest.raises(ValueError, match=r"[Ss]ame embed for query/key/value.*target is 'layer'"):
         get_peft_model(Attention(kdim=3, vdim=4), configure("scaled"))
 
 
