@@ -83,7 +83,8 @@ def update(
         # outside of the operation, where torch.compile takes it for a variable
         q, U = None if q is None else q * scale, U * scale
     device = x.device.type
-    is_autocast = torch.is_autocast_enabled(device)
+    # the meta device has none, and asking for it raises
+    is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     is_residual = acc is x
     if is_residual and is_autocast and x.dtype is not torch.float64:
         acc = x = x.to(torch.get_autocast_dtype(device))
