@@ -1,0 +1,54 @@
+"""Tests that hold whatever they are given to what LoRA alone does, and why DLoR does otherwise."""
+
+_CASTING = "expects an error that needs factors which are modules and multiply their input"
+_FREE_RANK = "expects an error for a rank that the groups of a convolution do not divide; DLoR's rank is free"
+_FUSED = "PEFT translates targets among fused experts by peft_type, for LoRA alone"
+_LEARNING_RATE = "sets its learning rate by method, and with the one for all others a tensor moves less than it asks"
+_NAMES = "cuts parameter names where LoKr's end"
+_RANDOM_START = "expects an adapter that takes the output as far as LoKr's random start"
+
+OTHERWISE = {
+    "test_custom_models.py": {
+        "test_only_params_are_updated[Embedding + transformers Conv1D 2 DLoR, scaled]": _LEARNING_RATE,
+        "test_only_params_are_updated[Conv3d 2 DLoR, additive]": _LEARNING_RATE,
+        "test_only_params_are_updated[MHA 2 DLoR, additive]": _LEARNING_RATE,
+    },
+    "test_helpers.py": {
+        "test_no_disable_input_dtype_casting": _CASTING,
+        "test_disable_input_dtype_casting_inactive": _CASTING,
+        "test_disable_input_dtype_casting_inactive_after_existing_context": _CASTING,
+    },
+    "test_initialization.py": {
+        "test_error_raised_if_rank_not_divisible_by_groups": _FREE_RANK,
+        "test_prepare_model_for_compiled_hotswap_conv2d_groups_rank_not_divisible_raises": _FREE_RANK,
+        "test_prepare_model_for_compiled_hotswap_scalings_are_tensors": "LoRA swaps lora_alpha; DLoR's scale stays",
+        "test_lora_with_bias_argument[invalid]": "expects an unknown bias to be accepted until a model is wrapped",
+    },
+    "test_integrations.py": {
+        "test_mixtral_v4_lora_weight_conversion_peft_model_load_adapter": "knows the logits of a real LoRA checkpoint",
+        "test_qwen3_moe_partial_fusion_raises": _FUSED,
+        "test_qwen3_moe_works": _FUSED,
+        "test_qwen3_moe_regex_target_modules_works": _FUSED,
+        "test_qwen3_moe_single_attention_regex_target_modules_works": _FUSED,
+        "test_qwen3_moe_all_linear_target_modules_works": _FUSED,
+        "test_qwen3_moe_regex_target_modules_save_load_roundtrip": _FUSED,
+    },
+    "test_lora_conversion.py": {
+        "test_converted_lora_approximates_original_adapter": _RANDOM_START,
+        "test_converted_lora_with_multiple_adapters": _RANDOM_START,
+        "test_targeted_modules_identical": _NAMES,
+        "test_targeted_modules_identical_target_modules_str": _NAMES,
+    },
+    "test_target_parameters.py": {
+        "test_weighted_combination_of_adapters": "expects an error, but DLoR adds up adapters of parameters, too",
+    },
+    "test_tuners_utils.py": {
+        "test_transformers_model": "knows the number of parameters of the real OPT-125M",
+    },
+}
+"""File -> test, or one of its items -> why it is left out."""
+
+
+def otherwise(file: str, test: str) -> str | None:
+    """Why a test is left out; None if it is not."""
+    return OTHERWISE.get(file, {}).get(test)

@@ -1,0 +1,113 @@
+"""What stands between the suite's tests and DLoR, changed by name in the module that uses it."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import peft
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from peft.tuners import lora
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, save_and_load
+
+from dlor_peft import DLoRLayer, DLoRModel
+
+from .renaming import LAYERS
+from .stand_in import LoraConfig, stand_in
+
+
+@contextmanager
+def _offline(model_id: str) -> Iterator[None]:
+    yield
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def _download(*args: Any, cache_dir: Any = None, **kwargs: Any) -> str:
+    # a cache of its own starts empty, and nothing can be fetched into it
+    if cache_dir is not None:
+        shutil.copytree(constants.HF_HUB_CACHE, cache_dir, symlinks=True, dirs_exist_ok=True)
+    return hf_hub_download(*args, cache_dir=cache_dir, **kwargs)
+
+
+def _is_on_hub(repo_id: str, filename: str, revision: str | None = None, **kwargs: Any) -> bool:
+    return isinstance(try_to_load_from_cache(repo_id, filename, revision=revision), str)
+
+
+# what a test compares with LoRA's classes, and what it asks of LoRA's layers, holds for DLoR's
+_IN_PLACE_OF_LORA = {
+    peft.LoraConfig: LoraConfig,
+    peft.LoraModel: DLoRModel,
+    lora.LoraLayer: DLoRLayer,
+    lora.layer.ParamWrapper: LAYERS["ParamWrapper"],
+}
+_BY_NAME = {
+    # goes online for the first use of every model; the stand-ins are the cache
+    "hub_online_once": _offline,
+    # always asks `isinstance(class, BeftConfig)`, so that it skips Llama and Gemma3 for every method, not for BEFT
+    "check_beft_config": _nothing,
+    # skips LoRA on grouped convolutions, which DLoR merges
+    "_skip_if_merging_not_supported": _nothing,
+    # skips LoRA with two adapters on a parameter, which DLoR takes
+    "_skip_tests_with_multiple_adapters_with_target_parameters": _nothing,
+}
+# names of other methods by which a module makes exceptions that DLoR needs, too
+_MEANING_DLOR = {
+    # the tolerance for merging into grouped convolutions
+    "testing_common": ("LoHaConfig",),
+    "test_custom_models": (
+        # as above
+        "LoHaConfig",
+        # the learning rates for an update that multiplies the weight: larger ones end in nan
+        "PveraConfig",
+    ),
+}
+CONVERTED = ("LoKrConfig", "LoHaConfig", "C3AConfig")
+"""The methods that tests of the conversion to LoRA start from."""
+
+
+def apply(module: ModuleType) -> None:
+    """Put DLoR in LoRA's place in one of the suite's modules and in those that its tests share."""
+    peft.config.hf_hub_download = _download
+    # asks the Hub whether the base model has a config, and compares no vocabularies where it cannot
+    save_and_load.check_file_exists_on_hf_hub = _is_on_hub
+    # tests patch the mapping of the method that they test, which was copied from LoRA's
+    DLoRModel.target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    package = module.__name__.rpartition(".")[0]
+    shared = {value.__module__ for value in vars(module).values() if getattr(value, "__module__", None)}
+    for name in shared | {module.__name__}:
+        if name.rpartition(".")[0] == package:
+            _apply(sys.modules[name])
+
+
+@contextmanager
+def conversion(module: ModuleType) -> Iterator[None]:
+    """While it lasts, DLoR is in the place of what is converted, and LoRA itself is what it is converted to."""
+    patches = {name: stand_in(getattr(peft, name)) for name in CONVERTED if hasattr(module, name)}
+    if hasattr(module, "LoraConfig"):
+        patches["LoraConfig"] = peft.LoraConfig
+    with mock.patch.dict(vars(module), patches):
+        yield
+
+
+def _apply(module: ModuleType) -> None:
+    short = module.__name__.rpartition(".")[2]
+    for name, value in list(vars(module).items()):
+        if name in _BY_NAME:
+            setattr(module, name, _BY_NAME[name])
+        elif short == "testing_utils":
+            # writes LoRA's init_lora_weights for LoRA, and DLoR's init_weights for all that it does not know
+            continue
+        elif isinstance(value, type) and value in _IN_PLACE_OF_LORA:
+            setattr(module, name, _IN_PLACE_OF_LORA[value])
+        elif value is lora:
+            setattr(module, name, SimpleNamespace(**{**vars(lora), "LoraLayer": DLoRLayer}))
+    for name in _MEANING_DLOR.get(short, ()):
+        setattr(module, name, LoraConfig)
