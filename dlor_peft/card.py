@@ -32,7 +32,8 @@ def add_usage(directory: str | Path, code: str = _GENERIC) -> None:
     else:
         card = ModelCard(f"---\n{ModelCardData(library_name='peft').to_yaml()}\n---\n")
     data = cast(ModelCardData, card.data)
-    data.tags = list(dict.fromkeys([*(data.tags or []), "dlor"]))
+    tags = data.tags or []
+    data.tags = tags if "dlor" in tags else [*tags, "dlor"]
     before, _, _ = card.text.partition(_HEADING)
     card.text = f"{before.rstrip()}\n\n{_HEADING}\n\n{_INTRODUCTION}\n```python\n{code}```\n"
     partial = path.with_name(".README.md.partial")
