@@ -24,6 +24,7 @@ from .combine import add_weighted_adapter
 from .config import DLoRConfig
 from .layers import DLoRLayer, ParamWrapper, layer_class
 from .layers.attention import MultiheadAttention, UncalledLinear
+from .targets import translate_fused
 
 _PREFIX = "dlor_"
 
@@ -51,32 +52,38 @@ class DLoRModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         _check_name(adapter_name)
+        translate_fused(cast(DLoRConfig, self.peft_config[adapter_name]), model)
         self._stored_shapes = {
             key.removeprefix("_orig_mod."): tuple(tensor.shape) for key, tensor in (state_dict or {}).items()
         }
         try:
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            with warnings.catch_warnings():
+                # PEFT compares them with the names of modules only, not with those of parameters
+                warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         finally:
             self._stored_shapes = {}
         config = cast(DLoRConfig, self.peft_config[adapter_name])
         for key in config.modules_to_tie or ():
             _restore_kind(cast(ModulesToSaveWrapper, model.get_submodule(key)), adapter_name)
-        # PEFT does this for rank_pattern
         adapted = [
             name
             for name, module in model.named_modules()
             if isinstance(module, DLoRLayer) and adapter_name in module.form
         ]
         adapted += self.targeted_parameter_names
-        unmatched = [
-            key for key in config.depth_pattern if not any(get_pattern_key([key], name) == key for name in adapted)
-        ]
-        if unmatched:
-            warnings.warn(
-                f"The following depth_pattern keys did not match any targeted module and were ignored: {unmatched}.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        for field in ("rank_pattern", "depth_pattern"):
+            unmatched = [
+                key
+                for key in getattr(config, field)
+                if not any(get_pattern_key([key], name) == key for name in adapted)
+            ]
+            if unmatched:
+                warnings.warn(
+                    f"The following {field} keys did not match any targeted module and were ignored: {unmatched}.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
 
     def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
         # PEFT's guard against layers that Mamba's kernels read without calling them knows LoRA's relatives by name

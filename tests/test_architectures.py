@@ -72,6 +72,13 @@ def with_gradient(model_type: str, inputs: dict[str, Tensor]) -> set[str]:
     }
 
 
+def adapted_weight(model: nn.Module, name: str) -> str:
+    """What a parameter of the bare model is called that a parameter of the adapter adapts."""
+    path = name.partition(".dlor_")[0]
+    parameter_name = model.get_submodule(path).parameter_name
+    return f"{path.removeprefix('base_model.model.').replace('.base_layer', '')}.{parameter_name}"
+
+
 def train_one_step(model: nn.Module, inputs: dict[str, Tensor]) -> None:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.02)
@@ -97,8 +104,8 @@ def test_it_trains_saves_loads_and_merges(model_type, targets, form, tmp_path):
     # V has no gradient while U is zero
     moved = {name for name in changed(adapter_parameters(model), adapter) if ".dlor_V." not in name}
     reached = with_gradient(model_type, inputs)
-    weights = {name: f"{name.partition('.dlor_')[0].removeprefix('base_model.model.')}.weight" for name in adapter}
-    assert moved == {name for name, weight in weights.items() if weight in reached and ".dlor_V." not in name}
+    weights = {name: adapted_weight(model, name) for name in adapter if ".dlor_V." not in name}
+    assert moved == {name for name, weight in weights.items() if weight in reached}
 
     trained = logits(model, inputs)
     model.save_pretrained(tmp_path)

@@ -296,8 +296,9 @@ class DLoRLayer(nn.Module, BaseTunerLayer):
         return self._delta(adapter, W.to(torch.promote_types(W.dtype, torch.float32)))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """W' - W of one adapter alone, as the base weight is stored; float32 or wider."""
-        return self._as_stored(self.delta_matrix(adapter))
+        """W' - W of one adapter alone, as the base weight is stored, in the dtype of the adapter."""
+        some = next(iter(self.form[adapter].shapes))
+        return self._as_stored(self.delta_matrix(adapter)).to(getattr(self, some)[adapter]().dtype)
 
     def adapted_weight(self) -> Tensor:
         """W' of the active adapters, as the base weight is stored and in its dtype. Differentiable.

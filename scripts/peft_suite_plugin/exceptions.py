@@ -2,7 +2,6 @@
 
 _CASTING = "expects an error that needs factors which are modules and multiply their input"
 _FREE_RANK = "expects an error for a rank that the groups of a convolution do not divide; DLoR's rank is free"
-_FUSED = "PEFT translates targets among fused experts by peft_type, for LoRA alone"
 _LEARNING_RATE = "sets its learning rate by method, and with the one for all others a tensor moves less than it asks"
 _NAMES = "cuts parameter names where LoKr's end"
 _RANDOM_START = "expects an adapter that takes the output as far as LoKr's random start"
@@ -26,12 +25,6 @@ OTHERWISE = {
     },
     "test_integrations.py": {
         "test_mixtral_v4_lora_weight_conversion_peft_model_load_adapter": "knows the logits of a real LoRA checkpoint",
-        "test_qwen3_moe_partial_fusion_raises": _FUSED,
-        "test_qwen3_moe_works": _FUSED,
-        "test_qwen3_moe_regex_target_modules_works": _FUSED,
-        "test_qwen3_moe_single_attention_regex_target_modules_works": _FUSED,
-        "test_qwen3_moe_all_linear_target_modules_works": _FUSED,
-        "test_qwen3_moe_regex_target_modules_save_load_roundtrip": _FUSED,
     },
     "test_lora_conversion.py": {
         "test_converted_lora_approximates_original_adapter": _RANDOM_START,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import get_peft_model
-from tiny_models import FEW_FORMS, adapted, adapter_parameters, add, config_of, distance, inputs, logits
+from tiny_models import FEW_FORMS, adapted, adapter_parameters, add, config_of, distance, inputs, layers, logits
 from torch import nn
 from torch._dynamo.config import patch as dynamo_config
 from torch.utils.checkpoint import checkpoint
@@ -90,6 +90,19 @@ def test_batches_of_many_sizes(form):
     for number, shape in enumerate([(3, 7, 6), (2, 5, 6), (4, 11, 6)]):
         x = torch.randn(shape)
         with dynamo_config(error_on_recompile=number > 0):
+            got = gradients(step, model, x)
+        assert_all_near(got, gradients(model, model, x))
+
+
+@pytest.mark.parametrize("form", FEW_FORMS)
+def test_a_changed_scale_compiles_once_more(form):
+    model = small(form)
+    step = compiled(model)
+    x = torch.randn(2, 5, 6)
+    for number, scale in enumerate((1.0, 0.5, 0.25, 0.75, 1.0)):
+        for layer in layers(model).values():
+            layer.set_scale("default", scale)
+        with dynamo_config(error_on_recompile=number > 1):
             got = gradients(step, model, x)
         assert_all_near(got, gradients(model, model, x))
 
