@@ -211,7 +211,9 @@ class Form:
         """
         if self.calls_twice(scale):
             adapted = self.forward(residual, x, base, 1.0, dropout, mix, term, bias)
-            return torch.lerp(base(x), adapted, scale)
+            frozen = base(x)
+            # not torch.lerp: of its weight, torch.compile makes a constant
+            return frozen + scale * (adapted - frozen)
         entered, dropped = self.enter(residual, x, scale, dropout, mix)
         return self.leave(residual, base(entered), dropped, scale, dropout, mix, term, bias)
 
