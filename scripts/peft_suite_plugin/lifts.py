@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import peft
+import pytest
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from peft.tuners import lora
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, save_and_load
@@ -58,6 +59,14 @@ _BY_NAME = {
     # skips LoRA with two adapters on a parameter, which DLoR takes
     "_skip_tests_with_multiple_adapters_with_target_parameters": _nothing,
 }
+
+
+def _skip(reason: str = "", **kwargs: Any) -> None:
+    # LoRA parametrises the modules that hold the parameters, which clashes with sharding; DLoR does not
+    if not reason.startswith("Skipping FSDP + target_paramters"):
+        pytest.skip(reason, **kwargs)
+
+
 # names of other methods by which a module makes exceptions that DLoR needs, too
 _MEANING_DLOR = {
     # the tolerance for merging into grouped convolutions
@@ -107,6 +116,8 @@ def _apply(module: ModuleType) -> None:
             continue
         elif isinstance(value, type) and value in _IN_PLACE_OF_LORA:
             setattr(module, name, _IN_PLACE_OF_LORA[value])
+        elif value is pytest:
+            setattr(module, name, SimpleNamespace(**{**vars(pytest), "skip": _skip}))
         elif value is lora:
             setattr(module, name, SimpleNamespace(**{**vars(lora), "LoraLayer": DLoRLayer}))
     for name in _MEANING_DLOR.get(short, ()):
