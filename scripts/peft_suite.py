@@ -65,6 +65,9 @@ def parse_arguments() -> argparse.Namespace:
         default=Path(tempfile.gettempdir()) / "dlor-peft-suite",
         help="where the unpacked source and the stand-in models are kept for the next run (default: %(default)s)",
     )
+    parser.add_argument(
+        "--numprocesses", default="0", metavar="N", help="processes to run the tests in, by pytest-xdist"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every outcome here")
     parser.add_argument("pytest_arguments", nargs="*", metavar="-- ...", help="arguments for pytest")
     return parser.parse_args()
@@ -84,7 +87,8 @@ def main() -> int:
         for package, needed_by in missing.items():
             print(f"{package} is not installed, and needed by {', '.join(needed_by)}", file=sys.stderr)
         sys.exit(f"pip install {' '.join(missing)}")
-    outcomes = runner.run(source, runner.build_models(arguments.work), files, arguments.pytest_arguments)
+    pytest_arguments = ["--numprocesses", arguments.numprocesses, *arguments.pytest_arguments]
+    outcomes = runner.run(source, runner.build_models(arguments.work), files, pytest_arguments)
     if arguments.json:
         arguments.json.write_text(json.dumps(outcomes, indent=1))
     # a choice among the tests may leave a file empty
