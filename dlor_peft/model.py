@@ -24,6 +24,8 @@ from .combine import add_weighted_adapter
 from .config import DLoRConfig
 from .layers import DLoRLayer, ParamWrapper, layer_class
 from .layers.attention import MultiheadAttention, UncalledLinear
+from .layers.placement import offload_hook, stay
+from .offload import fetch_saved, refuse_offloaded
 from .targets import translate_fused
 
 _PREFIX = "dlor_"
@@ -66,6 +68,10 @@ class DLoRModel(BaseTuner):
         config = cast(DLoRConfig, self.peft_config[adapter_name])
         for key in config.modules_to_tie or ():
             _restore_kind(cast(ModulesToSaveWrapper, model.get_submodule(key)), adapter_name)
+        for module in model.modules():
+            if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+                # in a copy that is offloaded, what is loaded or trained is lost
+                stay(module.modules_to_save[adapter_name])
         adapted = [
             name
             for name, module in model.named_modules()
@@ -94,6 +100,7 @@ class DLoRModel(BaseTuner):
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)
+        refuse_offloaded(self, cast(DLoRConfig, config))
         parameters = set(cast(DLoRConfig, config).target_parameters or ())
         for name, other in self.peft_config.items():
             others = set(cast(DLoRConfig, other).target_parameters or ())
@@ -154,7 +161,11 @@ class DLoRModel(BaseTuner):
         if isinstance(parent, nn.TransformerEncoderLayer):
             # its fast path reads weights and calls no layer, unless one of them has a hook
             new_module.register_forward_pre_hook(_do_nothing)
-        self._replace_module(parent, target_name, new_module, target)
+        if offload_hook(cast(DLoRLayer, new_module).get_base_layer()) is None:
+            self._replace_module(parent, target_name, new_module, target)
+        else:
+            # PEFT would move the adapter to where the weight is, the meta device
+            setattr(parent, target_name, new_module)
 
     @staticmethod
     def _create_new_module(
@@ -216,6 +227,7 @@ class DLoRModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
+        fetch_saved(model, config, state_dict, cls.prefix)
         # PEFT goes on to save embeddings from this dict: they are saved as they are without the merged adapters
         for name, layer in model.named_modules():
             if isinstance(layer, DLoRLayer) and layer.merged:

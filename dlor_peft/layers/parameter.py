@@ -26,13 +26,7 @@ class ParameterLayer(DLoRLayer):
             self.unmerge()
         if self.disable_adapters or self.merged or not any(name in self.form for name in self.active_adapters):
             return self.base_layer(*args, **kwargs)
-        weight = self.adapted_weight()
-        if weight.is_meta and not any(isinstance(x, Tensor) and x.is_meta for x in (*args, *kwargs.values())):
-            raise ValueError(
-                f"dlor_peft.layers.parameter: the parameter {self.parameter_name!r} is offloaded, and an adapter of "
-                "it needs it in memory. Give the module that holds it a device in device_map."
-            )
-        with _instead(self.get_base_layer(), self.parameter_name, weight):
+        with _instead(self.get_base_layer(), self.parameter_name, self.adapted_weight()):
             return self.base_layer(*args, **kwargs)
 
     def _check_adapter_names(self, x: Any, adapter_names: list[str] | None) -> None:
