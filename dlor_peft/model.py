@@ -24,11 +24,13 @@ from .combine import add_weighted_adapter
 from .config import DLoRConfig
 from .layers import DLoRLayer, ParamWrapper, layer_class
 from .layers.attention import MultiheadAttention, UncalledLinear
-from .layers.placement import offload_hook, stay
+from .layers.placement import is_fsdp_managed, offload_hook, stay
 from .offload import fetch_saved, refuse_offloaded
 from .targets import translate_fused
 
 _PREFIX = "dlor_"
+# how FSDP 1 names what it wraps
+_WRAPPER = "_fsdp_wrapped_module."
 
 
 class DLoRModel(BaseTuner):
@@ -66,6 +68,15 @@ class DLoRModel(BaseTuner):
         finally:
             self._stored_shapes = {}
         config = cast(DLoRConfig, self.peft_config[adapter_name])
+        if not config.inference_mode and any(
+            isinstance(module, DLoRLayer) and adapter_name in module.form and is_fsdp_managed(module.get_base_layer())
+            for module in model.modules()
+        ):
+            warnings.warn(
+                f"dlor_peft.model: the adapter {adapter_name!r} is added to layers that FSDP shards already. FSDP "
+                "does not average its gradients over the processes: to train it, add it before the model is sharded.",
+                stacklevel=2,
+            )
         for key in config.modules_to_tie or ():
             _restore_kind(cast(ModulesToSaveWrapper, model.get_submodule(key)), adapter_name)
         for module in model.modules():
@@ -228,14 +239,19 @@ class DLoRModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         fetch_saved(model, config, state_dict, cls.prefix)
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, DLoRLayer)}
         # PEFT goes on to save embeddings from this dict: they are saved as they are without the merged adapters
-        for name, layer in model.named_modules():
-            if isinstance(layer, DLoRLayer) and layer.merged:
+        for name, layer in layers.items():
+            if layer.merged:
                 key = f"{name}.base_layer.{layer.parameter_name}"
                 unmerged = layer._weight_owner._unmerged
                 if isinstance(unmerged, Tensor) and key in state_dict:
                     state_dict[key] = unmerged
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # PEFT finds none in modules that FSDP wraps inside of others, whose tensors are named without the wrapper
+        wrapped = [name.replace(_WRAPPER, "") for name in layers if _WRAPPER in name]
+        factors = {f"{name}.{part}.{adapter_name}" for name in wrapped for part in DLoRLayer.adapter_layer_names}
+        return selected | {key: value for key, value in state_dict.items() if key.rpartition(".")[0] in factors}
 
     def _add_targets_to_tie(self, peft_config: PeftConfig, tied_weight_keys: list[str]) -> None:
         """Adapt the input embedding; the layers tied to it will share its adapter."""

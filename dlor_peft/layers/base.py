@@ -73,7 +73,11 @@ class DLoRLayer(WeightLayer):
             )
 
     def _features(self) -> tuple[int, int]:
-        in_features, out_features = _get_in_out_features(self.get_base_layer())
+        base_layer = self.get_base_layer()
+        if isinstance(base_layer, nn.Linear):
+            # PEFT takes those of a shard
+            return base_layer.in_features, base_layer.out_features
+        in_features, out_features = _get_in_out_features(base_layer)
         assert in_features is not None
         assert out_features is not None
         return in_features, out_features

@@ -27,12 +27,20 @@ def execution_device(module: nn.Module) -> torch.device | None:
 
 
 def fetch(module: nn.Module, name: str) -> Tensor:
-    """A parameter or buffer of the module; one that is offloaded is read from where it is kept. Not to be written."""
-    tensor, hook = getattr(module, name), offload_hook(module)
+    """A parameter or buffer of the module, whole and where the module runs. Not to be written.
+
+    One that is offloaded is read from where it is kept, one that is sharded is gathered, which all processes do.
+    """
+    tensor, hook = whole(getattr(module, name)), offload_hook(module)
     if hook is None or not tensor.is_meta:
         return tensor
     assert hook.weights_map is not None
     return hook.weights_map[name].to(execution_device(module), tensor.dtype)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor, gathered where it is sharded. Differentiable."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def store(module: nn.Module, name: str, value: Tensor) -> None:

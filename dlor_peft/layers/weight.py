@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..form import Form, Residual
-from .placement import fetch, offload_hook, store
+from .placement import fetch, is_fsdp_managed, offload_hook, store
 from .quantised import Snapshot, dequantised, refusal, write
 
 
@@ -91,6 +91,7 @@ class WeightLayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        self.check_mergeable()
         if isinstance(self._unmerged, Snapshot):
             self._unmerged.restore(self)
         elif self._unmerged is not None:
@@ -100,12 +101,17 @@ class WeightLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
 
     def check_mergeable(self) -> None:
-        """ValueError where the base weight cannot be written: by its quantisation backend, or because it is computed,
-        or because layers share it that do not share the adapter."""
+        """ValueError where the base weight cannot be written: by its quantisation backend, or because it is computed
+        or sharded, or because layers share it that do not share the adapter."""
         if self._weight_owner is not self:
             self._check_tied([name for name in self.active_adapters if name in self.form])
         backend = self.quantization_backend
         base_layer = self.get_base_layer()
+        if is_fsdp_managed(base_layer):
+            raise ValueError(
+                f"dlor_peft.layers: cannot write the {self.parameter_name} of this {type(base_layer).__name__}: FSDP "
+                "shards it. Save the adapter, load it on a model that is not sharded, and merge there."
+            )
         if backend is None and self.parameter_name not in base_layer._parameters:
             raise ValueError(
                 f"dlor_peft.layers: cannot merge into the {self.parameter_name} of this {type(base_layer).__name__}: "
