@@ -16,6 +16,7 @@ from peft import (
 )
 from safetensors.torch import load_file
 from tiny_models import FORMS, adapted, adapter_parameters, add, build, config_of, distance, inputs, layers, logits
+from transformers import AutoModelForCausalLM
 
 AUTO = {
     "llama": ("CAUSAL_LM", AutoPeftModelForCausalLM),
@@ -180,3 +181,21 @@ def test_a_loaded_adapter_trains_to_the_same_gradients(tmp_path):
         one(**inputs("llama")).logits.square().sum().backward()
         grads.append({name: p.grad for name, p in adapter_parameters(one).items()})
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+
+
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("max_shard_size", ["4KB", "1GB"])
+def test_a_merged_model_is_a_plain_one_on_disk(max_shard_size, tied, tmp_path):
+    base = build("llama", tie_word_embeddings=tied)
+    torch.manual_seed(2)
+    config = config_of("llama", "scaled-output", target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=tied)
+    merged = get_peft_model(base, config).eval().merge_and_unload()
+    merged.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    stored = {key: value for path in tmp_path.glob("*.safetensors") for key, value in load_file(path).items()}
+    want = {key: value for key, value in merged.state_dict().items() if not (tied and key == "lm_head.weight")}
+    assert stored.keys() == want.keys()
+    assert all(torch.equal(stored[key], value) for key, value in want.items())
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (reloaded.lm_head.weight is reloaded.model.embed_tokens.weight) == tied
+    assert torch.equal(logits(reloaded, "llama"), logits(merged, "llama"))
