@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
@@ -287,6 +287,30 @@ class DLoRModel(BaseTuner):
             super()._replace_module(parent, child_name, new_module, child)
         else:
             setattr(parent, child_name, new_module)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        if safe_merge:
+            self._check_finite(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge and safe_merge:
+            self._check_finite(adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_finite(self, adapter_names: list[str] | None) -> None:
+        """Look at all layers before the first is merged, so that none is where one cannot be."""
+        self._check_merge_allowed()
+        for module in self.model.modules():
+            if isinstance(module, DLoRLayer):
+                with onload_layer(module):
+                    module.check_finite(adapter_names)
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()

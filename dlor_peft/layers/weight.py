@@ -67,15 +67,27 @@ class WeightLayer(nn.Module, BaseTunerLayer):
             return
         self.check_mergeable()
         stored = self.get_base_weight()
+        merged = self._merged(stored, adapter_names, safe_merge)
+        if self._unmerged is None:
+            self._unmerged = self._kept(stored) if self.quantization_backend is None else Snapshot(self)
+        self.set_base_weight(merged)
+        self.merged_adapters.extend(adapter_names)
+
+    def _merged(self, stored: Tensor, adapter_names: list[str], safe_merge: bool) -> Tensor:
         W = self._as_matrix(stored).to(torch.promote_types(stored.dtype, torch.float32))
         for name in adapter_names:
             W = W + self._delta(name, W)
             if safe_merge and not W.to(stored.dtype).isfinite().all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-        if self._unmerged is None:
-            self._unmerged = self._kept(stored) if self.quantization_backend is None else Snapshot(self)
-        self.set_base_weight(self._as_stored(W).to(stored.dtype).contiguous())
-        self.merged_adapters.extend(adapter_names)
+        return self._as_stored(W).to(stored.dtype).contiguous()
+
+    @torch.no_grad()
+    def check_finite(self, adapter_names: list[str] | None) -> None:
+        """ValueError where `merge` with `safe_merge` would raise it for a weight that is not finite."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        owner = self._weight_owner
+        names = [name for name in names if name in owner.form and name not in owner.merged_adapters]
+        owner._merged(owner.get_base_weight(), names, safe_merge=True)
 
     def _kept(self, stored: Tensor) -> Tensor:
         """Where an offloaded weight has its place while it is merged: not where the layer runs."""

@@ -89,9 +89,9 @@ def test_merge_rounds_once(form, dtype):
 @pytest.mark.parametrize("form", ["additive", "scaled-both", "multiplicative-output-3"])
 def test_safe_merge_leaves_the_weights_alone(form, value):
     model = adapted("llama", form)
-    before = base_weights(model)
-    for layer in layers(model).values():
-        layer.dlor_U["default"].weight.data[0, 0, 0] = value
+    before, unmerged = base_weights(model), layers(model)
+    # the layers before it are not merged either
+    list(unmerged.values())[-1].dlor_U["default"].weight.data[0, 0, 0] = value
     with pytest.raises(
         ValueError, match=r"NaNs detected in the merged weights\. The adapter default seems to be broken"
     ):
@@ -100,6 +100,8 @@ def test_safe_merge_leaves_the_weights_alone(form, value):
     assert not any(layer.merged for layer in layers(model).values())
     with pytest.raises(ValueError, match="NaNs detected"):
         model.merge_and_unload(safe_merge=True)
+    assert_same_bits(model, before)
+    assert layers(model) == unmerged
 
 
 def test_safe_merge_catches_an_overflow_of_the_storage_dtype():

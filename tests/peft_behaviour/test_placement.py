@@ -120,8 +120,10 @@ def test_from_pretrained_on_an_offloaded_model(way, low_cpu_mem_usage, offloaded
 @pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter in the checkpoint to a meta:UserWarning")
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize("folder", ["offload_folder", "offload_dir"])
-def test_from_pretrained_that_dispatches_anew(folder, low_cpu_mem_usage, offloaded, tmp_path):
+def test_from_pretrained_that_dispatches_anew(folder, low_cpu_mem_usage, offloaded, tmp_path, monkeypatch):
     """PEFT writes the adapter to disk beside the weights; saving and merging read it from there."""
+    # the folder is joined to the working directory without its root
+    monkeypatch.chdir(tmp_path)
     saved = adapted("llama", "scaled-both")
     saved.save_pretrained(tmp_path / "adapter")
     model = PeftModel.from_pretrained(
