@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig
+from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import PeftType
 
 from . import __version__
@@ -131,6 +132,11 @@ class DLoRConfig(PeftConfig):
         self._check_values()
         self._check_form()
         self._check_layers()
+
+    def rank_and_depth(self, name: str) -> tuple[int, int]:
+        """r and depth on the layer of that name: those of the first pattern that matches, or the general ones."""
+        r = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), name), self.r)
+        return r, self.depth_pattern.get(get_pattern_key(list(self.depth_pattern), name), self.depth)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, and into the model card how to load the adapter."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .config import DLoRConfig
-from .layers import DLoRLayer
-
-# what two adapters must have in common; rank and depth may be smaller than those of the loaded one
-CONFIG_KEYS = ("mode", "side", "diagonal", "dlor_dropout")
+from .form import Form
+from .layers import DLoRLayer, ParamWrapper
+from .layers.attention import UncalledLinear
 
 
 @torch.no_grad()
@@ -26,89 +29,62 @@ def hotswap_adapter_from_state_dict(
     """Write the tensors of another adapter into those of a loaded one; its scale stays as it was set.
 
     An adapter of smaller rank or depth is padded by zeros, which are the identity; a layer that it does not adapt
-    becomes the identity. For one of larger rank the tensors grow, for which a compiled model is compiled again:
-    `prepare_model_for_compiled_hotswap` makes room before. Nothing is changed where an error is raised.
+    becomes the identity. For one of larger rank the tensors grow, of which the loaded config is told, and for which a
+    compiled model is compiled again: `prepare_model_for_compiled_hotswap` makes room before. What is trained in full
+    (modules_to_save, trainable tokens) is swapped too. Nothing is changed where an error is raised.
 
     Args:
         model: holds the adapter; may be compiled.
-        state_dict: the other adapter's tensors, under the names that the loaded one has in `model`.
-        adapter_name: the loaded adapter.
-        config: of the other adapter; compared before by PEFT's `check_hotswap_configs_compatible`.
+        state_dict: the other adapter's tensors, under the names that the loaded one has in `model`. Base weights among
+            them, as PEFT saves those of adapted embeddings, must be those of `model`.
+        adapter_name: the loaded adapter, active or not.
+        config: of the other adapter.
         parameter_prefix: not used, PEFT passes it.
 
     Raises:
-        ValueError: the loaded adapter is merged, or a tensor of the other one does not fit.
-        RuntimeError: the other adapter adapts what the loaded one does not.
+        ValueError: the loaded adapter is merged, or the other one has another form or does not fit.
+        RuntimeError: one adapts or trains what the other does not.
     """
-    old = _tensors(model, adapter_name)
-    if not old:
-        known = sorted({name for layer in model.modules() if isinstance(layer, DLoRLayer) for name in layer.form})
+    layers = {name: layer for name, layer in _layers(model) if adapter_name in layer.form}
+    if not layers:
+        known = sorted({name for _, layer in _layers(model) for name in layer.form})
         raise ValueError(f"dlor_peft.hotswap: there is no adapter {adapter_name!r}; there are {', '.join(known)}.")
-    new = {_plain_name(key): tensor for key, tensor in state_dict.items()}
-    unexpected = sorted(set(new) - set(old))
-    if unexpected:
-        raise RuntimeError(
-            f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}. The adapter "
-            "that is loaded first must adapt every layer that the others adapt."
+    if any(adapter_name in layer.merged_adapters for layer in layers.values()):
+        raise ValueError(
+            f"Cannot hot-swap adapter '{adapter_name}' because it is currently merged into the base weights. "
+            "Please unmerge the adapter first by calling `peft_model.unmerge_adapter()`."
         )
-    for key, tensor in new.items():
-        # depth is the first dimension; rank is the last of U and V, and can grow
-        is_factor = key.split(".")[-3] in ("dlor_U", "dlor_V")
-        widths = slice(1, -1) if is_factor else slice(1, None)
-        room = old[key].shape
-        if len(tensor.shape) != len(room) or tensor.shape[0] > room[0] or tensor.shape[widths] != room[widths]:
-            raise ValueError(
-                f"dlor_peft.hotswap: {key} has the shape {tuple(tensor.shape)}, which does not fit into "
-                f"{tuple(room)}. Load the adapter of the largest depth first, on the same base model."
-            )
-    for name, layer in model.named_modules():
-        factor = new.get(_plain_name(f"{name}.dlor_U.{adapter_name}.weight"))
-        if isinstance(layer, DLoRLayer) and factor is not None and factor.shape[-1] > layer.r[adapter_name]:
-            layer.pad_rank(factor.shape[-1], [adapter_name])
-    for key, tensor in _tensors(model, adapter_name).items():
-        padded = torch.zeros_like(tensor)
-        if key in new:
-            padded[tuple(map(slice, new[key].shape))] = new[key].to(padded)
-        tensor.copy_(padded)
+    others = {_plain_name(key): tensor for key, tensor in state_dict.items()}
+    new = {layer: _taken(others, name, layer, adapter_name) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        if adapter_name in layer.tied_to:
+            new[layer] = _as_its_source(name, new[layer], new[layer.tied_to[adapter_name]])
+        elif new[layer]:
+            _check(name, layer, new[layer], adapter_name, config)
+    full = _trained_in_full(model, adapter_name, config)
+    _check_others(model, others, full)
+
+    for layer, tensors in new.items():
+        if "dlor_U" in tensors:
+            layer.pad_rank(tensors["dlor_U"].shape[-1], [adapter_name])
+        for name in layer.form[adapter_name].shapes:
+            weight = getattr(layer, name)[adapter_name]()
+            padded = torch.zeros_like(weight)
+            if name in tensors:
+                padded[tuple(map(slice, tensors[name].shape))] = tensors[name].to(padded)
+            weight.copy_(padded)
+    for key, tensor in full.items():
+        tensor.copy_(others[key])
+    _tell_ranks(model)
 
 
 @torch.no_grad()
-def prepare_model_for_compiled_hotswap(
-    model: nn.Module,
-    *,
-    target_rank: int | None = None,
-    config: DLoRConfig | dict[str, DLoRConfig] | None = None,
-    check_compiled: str = "error",
-) -> None:
-    """Pad every adapter with zeros to one rank, so that all that will be swapped in have room.
+def pad_ranks(model: nn.Module, target_rank: int) -> bool:
+    """Pad every adapter by zeros to one rank, of which the configs are told. Whether there are DLoR layers.
 
-    Args:
-        model: holds the adapters, not compiled yet.
-        target_rank: the largest rank among the adapters to come; None leaves the ranks as they are.
-        config: the config or configs to tell of the new rank.
-        check_compiled: of a model that is compiled already: "error", "warn" or "ignore".
+    ValueError, and nothing is changed, where a rank is larger.
     """
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None):
-        if check_compiled not in ("error", "warn", "ignore"):
-            raise ValueError(
-                f"check_compiles should be one of 'error', 'warn', or 'ignore', got '{check_compiled}' instead."
-            )
-        if check_compiled == "error":
-            raise ValueError("Call prepare_model_for_compiled_hotswap *before* compiling the model")
-        if check_compiled == "warn":
-            warnings.warn(
-                "prepare_model_for_compiled_hotswap was called with a model that is already compiled: it will be "
-                "compiled again.",
-                stacklevel=2,
-            )
-    layers = [module for module in model.modules() if isinstance(module, DLoRLayer)]
-    if not layers:
-        raise ValueError(
-            "No adapter layers found on the model, make sure call `prepare_model_for_compiled_hotswap` after loading "
-            "the first adapter and before loading the second adapter."
-        )
-    if target_rank is None:
-        return
+    layers = [layer for _, layer in _layers(model)]
     largest = max((r for layer in layers for r in layer.r.values()), default=0)
     if largest > target_rank:
         raise ValueError(
@@ -117,25 +93,152 @@ def prepare_model_for_compiled_hotswap(
         )
     for layer in layers:
         layer.pad_rank(target_rank)
-    for each in config.values() if isinstance(config, dict) else [config] if config else []:
-        each.r, each.rank_pattern = target_rank, dict.fromkeys(each.rank_pattern, target_rank)
+    _tell_ranks(model)
+    return bool(layers)
 
 
-def _tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """The tensors of an adapter, by their names without what compilation adds."""
-    tensors = {}
-    for layer_name, layer in model.named_modules():
-        if not isinstance(layer, DLoRLayer) or adapter_name not in layer.form:
+def _layers(model: nn.Module) -> Iterator[tuple[str, DLoRLayer]]:
+    for name, module in model.named_modules():
+        if isinstance(module, DLoRLayer):
+            yield _plain_name(name), module
+
+
+def _plain_name(name: str) -> str:
+    """Without what compilation adds."""
+    return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
+
+
+def _taken(tensors: dict[str, Tensor], name: str, layer: DLoRLayer, adapter_name: str) -> dict[str, Tensor]:
+    """The tensors of one layer, taken out of those of all."""
+    keys = {part: f"{name}.{part}.{adapter_name}.weight" for part in layer.adapter_layer_names}
+    return {part: tensors.pop(key) for part, key in keys.items() if key in tensors}
+
+
+def _as_its_source(name: str, tensors: dict[str, Tensor], source: dict[str, Tensor]) -> dict[str, Tensor]:
+    same = tensors.keys() == source.keys() and all(torch.equal(tensors[part], source[part]) for part in source)
+    if tensors and not same:
+        raise ValueError(
+            f"dlor_peft.hotswap: the loaded adapter ties {name} to the input embedding, and the other one has tensors "
+            "of its own for it. Swap in adapters that were trained with ensure_weight_tying=True, too."
+        )
+    return source
+
+
+def _check(name: str, layer: DLoRLayer, tensors: dict[str, Tensor], adapter_name: str, config: DLoRConfig) -> None:
+    """ValueError where the tensors of another adapter mean something else on this layer, or do not fit into it."""
+    form = layer.form[adapter_name]
+    other = layer.resolve_form(config, form.r, form.depth)
+    dropout = getattr(layer.dlor_dropout[adapter_name], "p", 0.0)
+    if other != form or dropout != config.dlor_dropout:
+        raise ValueError(
+            f"dlor_peft.hotswap: on {name} the loaded adapter has {_meaning(form, dropout)}, but the other one has "
+            f"{_meaning(other, config.dlor_dropout)}. Swap in adapters that agree in these, or load the other one "
+            "under a name of its own."
+        )
+    shapes = {part: tuple(tensor.shape) for part, tensor in tensors.items()}
+    r = (0, *shapes.get("dlor_U", ()))[-1]
+    depth = (*next(iter(shapes.values())), 0)[0]
+    if shapes != replace(form, r=r, depth=depth).shapes or not 0 < depth <= form.depth:
+        raise ValueError(
+            f"dlor_peft.hotswap: the other adapter's tensors of {name} have the shapes {shapes}, which does not fit "
+            f"into {form.shapes}. Load the adapter of the largest depth first, on the same base model."
+        )
+
+
+def _meaning(form: Form, dropout: float) -> str:
+    return f"mode={form.mode!r}, side={form.side!r}, diagonal={form.diagonal!r}, dlor_dropout={dropout}"
+
+
+def _trained_in_full(model: nn.Module, adapter_name: str, config: DLoRConfig) -> dict[str, Tensor]:
+    """What the loaded adapter trains beside its layers, by the names that PEFT saves it under."""
+    for _, name, loaded in _configs(model):
+        if name != adapter_name:
             continue
-        if adapter_name in layer.merged_adapters:
+        if {loaded.bias, config.bias} != {"none"}:
             raise ValueError(
-                f"Cannot hot-swap adapter '{adapter_name}' because it is currently merged into the base weights. "
-                "Please unmerge the adapter first by calling `peft_model.unmerge_adapter()`."
+                f"dlor_peft.hotswap: the loaded adapter has bias={loaded.bias!r}, the other one bias={config.bias!r}, "
+                'and trained biases are not swapped. Train adapters with bias="none" to swap them.'
             )
-        for name in layer.form[adapter_name].shapes:
-            tensors[_plain_name(f"{layer_name}.{name}.{adapter_name}.weight")] = getattr(layer, name)[adapter_name]()
-    return tensors
+        if loaded.trainable_token_indices != config.trainable_token_indices:
+            raise ValueError(
+                f"dlor_peft.hotswap: the loaded adapter trains the tokens {loaded.trainable_token_indices}, the other "
+                f"one {config.trainable_token_indices}. Swap in adapters that train the same tokens."
+            )
+    full = {}
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            own = module.state_dict()
+            for key, inside in module.adapter_state_dict_load_map(adapter_name).items():
+                # the wrapper of trained tokens names those of any adapter
+                if inside in own:
+                    full[_plain_name(f"{name}.{key}")] = own[inside]
+    return full
 
 
-def _plain_name(key: str) -> str:
-    return key.replace("_orig_mod.", "")
+def _check_others(model: nn.Module, others: Mapping[str, Tensor], full: Mapping[str, Tensor]) -> None:
+    """RuntimeError or ValueError where tensors that are none of an adapted layer are not those that are expected."""
+    missing = sorted(set(full) - set(others))
+    if missing:
+        raise RuntimeError(
+            f"Hot swapping the adapter did not succeed, missing keys found: {', '.join(missing)}. The loaded adapter "
+            "trains these in full (modules_to_save, trainable tokens), and so must the others."
+        )
+    base = {_plain_name(key): value for key, value in model.state_dict().items()} if others else {}
+    unexpected = sorted(key for key in others if key not in full and (key not in base or "dlor_" in key))
+    if unexpected:
+        raise RuntimeError(
+            f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}. The adapter "
+            "that is loaded first must adapt every layer that the others adapt, and train in full what they do."
+        )
+    for key, tensor in others.items():
+        present = full.get(key, base.get(key))
+        assert present is not None
+        if tensor.shape != present.shape:
+            raise ValueError(
+                f"dlor_peft.hotswap: {key} has the shape {tuple(tensor.shape)}, which does not fit into "
+                f"{tuple(present.shape)}. Load both adapters on the same base model."
+            )
+        if key not in full and not torch.equal(tensor.to(present), present):
+            raise ValueError(
+                f"dlor_peft.hotswap: the other adapter was saved with {key}, of which this model has another one. "
+                "Unmerge all adapters, and load both on the same base model; where it is of modules_to_save, the "
+                "adapter that is loaded first must have them too."
+            )
+
+
+def _configs(model: nn.Module) -> Iterator[tuple[nn.Module, str, DLoRConfig]]:
+    """Base model, adapter and config of all adapters; what wraps a base model has the same configs."""
+    for module in model.modules():
+        configs = vars(module).get("peft_config")
+        if isinstance(configs, dict) and not isinstance(module, BaseTuner):
+            for adapter_name, config in configs.items():
+                if isinstance(config, DLoRConfig):
+                    yield module, adapter_name, config
+
+
+def _tell_ranks(model: nn.Module) -> None:
+    """The configs in `model` learn the ranks that its layers have, so that they fit when they are saved."""
+    for base_model, adapter_name, config in _configs(model):
+        ranks = _ranks(base_model, adapter_name)
+        if all(config.rank_and_depth(key)[0] == r for key, r in ranks.items()):
+            continue
+        ((config.r, _),) = Counter(ranks.values()).most_common(1)
+        others = {key for key, r in ranks.items() if r != config.r}
+        # a key matches all names that end with it too, and the first match counts
+        named = [key for key in ranks if key in others or any(key.endswith(f".{other}") for other in others)]
+        config.rank_pattern = {re.escape(key): ranks[key] for key in sorted(named, key=len, reverse=True)}
+
+
+def _ranks(model: nn.Module, adapter_name: str) -> dict[str, int]:
+    """The rank on each layer, by the name that a config has for it."""
+    ranks: dict[str, int] = {}
+    for name, layer in _layers(model):
+        if adapter_name not in layer.form or adapter_name in layer.tied_to:
+            continue
+        key, r = name.replace(".base_layer", ""), layer.form[adapter_name].r
+        if isinstance(layer, ParamWrapper):
+            key = f"{key}.{layer.parameter_name}"
+        # the name of attention stands for its out-projection too
+        if not isinstance(layer, UncalledLinear) or ranks.get(key.rpartition(".")[0]) != r:
+            ranks[key] = r
+    return ranks

@@ -383,8 +383,7 @@ def _rank_and_depth(config: DLoRConfig, key: str, stored: Mapping[str, tuple[int
 
     Where the two differ, the config learns of it, so that it fits when it is saved.
     """
-    r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
-    depth = config.depth_pattern.get(get_pattern_key(list(config.depth_pattern), key), config.depth)
+    r, depth = config.rank_and_depth(key)
     shape = stored.get(f"{key}.dlor_U.weight", (*stored.get(f"{key}.dlor_diag.weight", ()), 0))
     if len(shape) == 1:
         return r, depth

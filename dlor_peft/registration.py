@@ -53,10 +53,30 @@ def register() -> None:
 
 
 def _enable_hotswap(peft_type: PeftType) -> None:
-    """`peft.utils.hotswap`, which is written for LoRA, hands models with DLoR to `dlor_peft.hotswap`."""
-    peft_hotswap.CONFIG_KEYS_TO_CHECK[peft_type] = list(hotswap.CONFIG_KEYS)
-    for function in (hotswap.hotswap_adapter_from_state_dict, hotswap.prepare_model_for_compiled_hotswap):
-        _route(peft_hotswap, function, lambda model, *args, **kwargs: _has_layer(model))
+    """`peft.utils.hotswap`, which is written for LoRA, hands DLoR to `dlor_peft.hotswap`.
+
+    Whoever has imported a function of it before gets the same, but for `hotswap_adapter_from_state_dict`, which fails.
+    """
+    # PEFT compares with the active adapter, which need not be the one to swap: `hotswap` compares with that
+    peft_hotswap.CONFIG_KEYS_TO_CHECK[peft_type] = []
+    _route(
+        peft_hotswap,
+        hotswap.hotswap_adapter_from_state_dict,
+        lambda model, state_dict, adapter_name, config, *args, **kwargs: _is_ours(config),
+    )
+    # what `prepare_model_for_compiled_hotswap` calls to find the layers; DLoR's scales stay as they are
+    _wrap(
+        peft_hotswap,
+        "_convert_scalings_to_tensor",
+        lambda original: lambda model: original(model) or _has_layer(model),
+    )
+    _wrap(
+        peft_hotswap,
+        "_pad_lora_weights",
+        lambda original: (
+            lambda model, target_rank: any([hotswap.pad_ranks(model, target_rank), original(model, target_rank)])
+        ),
+    )
 
 
 def _enable_mixing(peft_type: PeftType) -> None:
@@ -94,17 +114,21 @@ def _is_ours(config: Any) -> bool:
 
 def _route(owner: ModuleType | type, function: Callable, applies: Callable[..., bool]) -> None:
     """Calls of `owner`'s function of that name go to `function` where `applies` to the arguments."""
-    name = function.__name__
+
+    def choose(original: Callable) -> Callable:
+        return lambda *args, **kwargs: (function if applies(*args, **kwargs) else original)(*args, **kwargs)
+
+    _wrap(owner, function.__name__, choose)
+
+
+def _wrap(owner: ModuleType | type, name: str, wrap: Callable[[Callable], Callable]) -> None:
+    """`owner`'s function of that name is what `wrap` makes of it."""
     original = getattr(owner, name)
-    # a reload of this package replaces the route of the former one
+    # a reload of this package replaces what the former one made
     original = getattr(original, "_without_dlor", original)
-
-    @functools.wraps(original)
-    def route(*args: Any, **kwargs: Any) -> Any:
-        return (function if applies(*args, **kwargs) else original)(*args, **kwargs)
-
-    route._without_dlor = original  # pyright: ignore[reportAttributeAccessIssue]
-    setattr(owner, name, route)
+    wrapped = functools.wraps(original)(wrap(original))
+    wrapped._without_dlor = original  # pyright: ignore[reportAttributeAccessIssue]
+    setattr(owner, name, wrapped)
 
 
 def _add_member(enum_class: type[PeftType], name: str) -> None:

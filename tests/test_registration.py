@@ -117,8 +117,8 @@ def test_reloads_and_a_fresh_import_map_to_the_new_classes():
         assert configs["DLOR"] is dlor_peft.DLoRConfig is old
         parts = "parts quantised base activation linear conv embedding parameter attention".split()
         parts = ["layers." + part for part in parts]
-        for name in ["maths", "card", "fields", "config", "kernels", "form", *parts, "layers", "combine", "model",
-                     "registration"]:
+        for name in ["maths", "card", "fields", "config", "kernels", "form", *parts, "layers", "combine", "hotswap",
+                     "model", "registration"]:
             importlib.reload(importlib.import_module("dlor_peft." + name))
         importlib.reload(dlor_peft)
         assert dlor_peft.DLoRConfig is not old
@@ -135,6 +135,30 @@ def test_reloads_and_a_fresh_import_map_to_the_new_classes():
         assert configs["DLOR"] is dlor_peft.DLoRConfig is not old
         assert tuners["DLOR"] is dlor_peft.DLoRModel
         assert len(list(peft.PeftType)) == count
+        """
+    )
+
+
+def test_functions_that_were_imported_before_serve_dlor_too():
+    run(
+        """
+        import torch, peft
+        from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+        import dlor_peft, tempfile
+
+        def make(r):
+            torch.manual_seed(0)
+            net = torch.nn.Sequential(torch.nn.Linear(3, 4))
+            config = dlor_peft.DLoRConfig(r=r, target_modules=["0"], init_weights=False)
+            return peft.get_peft_model(net, config)
+
+        model, other = make(2), make(3)
+        prepare_model_for_compiled_hotswap(model, target_rank=3, config=model.peft_config)
+        with tempfile.TemporaryDirectory() as path:
+            other.save_pretrained(path)
+            hotswap_adapter(model, path, "default", torch_device="cpu")
+        x = torch.ones(2, 3)
+        assert torch.equal(model(x), other(x))
         """
     )
 

@@ -108,7 +108,7 @@ class DLoRLayer(WeightLayer):
             factors = {name: getattr(tied_to, name)[adapter_name] for name in form.shapes}
             self.tied_to[adapter_name] = tied_to
             self.shares_weight[adapter_name] = self._weight_owner is not self
-        self.r[adapter_name], self.form[adapter_name], self.scaling[adapter_name] = r, form, 1.0
+        self.r[adapter_name], self.form[adapter_name], self.scaling[adapter_name] = form.r, form, 1.0
         self.dlor_dropout[adapter_name] = nn.Dropout(config.dlor_dropout) if config.dlor_dropout else nn.Identity()
         for name in self.adapter_layer_names:
             tensors = getattr(self, name)
@@ -160,14 +160,25 @@ class DLoRLayer(WeightLayer):
 
     @torch.no_grad()
     def pad_rank(self, r: int, adapter_names: Collection[str] | None = None) -> None:
-        """Give adapters, all where None, the rank r by columns of zeros in U and V, which add nothing; r = 0 stays."""
+        """Give adapters, all where None, at least the rank r by columns of zeros in U and V, which add nothing."""
         for adapter_name, form in self.form.items():
-            if form.r == 0 or adapter_name in self.tied_to or adapter_name not in (adapter_names or self.form):
+            if form.r >= r or adapter_name not in (adapter_names or self.form):
                 continue
-            for name in ("dlor_U", "dlor_V"):
-                factor = getattr(self, name)[adapter_name]
-                factor.weight.data = F.pad(factor.weight.data, (0, r - form.r))
             self.r[adapter_name], self.form[adapter_name] = r, replace(form, r=r)
+            source = self.tied_to.get(adapter_name)
+            if source is not None:
+                source.pad_rank(r, [adapter_name])
+            some = getattr(self, next(iter(form.shapes)))[adapter_name].weight
+            for name in ("dlor_U", "dlor_V"):
+                factors = getattr(self, name)
+                if source is not None:
+                    factors[adapter_name] = getattr(source, name)[adapter_name]
+                elif adapter_name in factors:
+                    factors[adapter_name].weight.data = F.pad(factors[adapter_name].weight.data, (0, r - form.r))
+                else:
+                    factor = StackedWeight(self.form[adapter_name].shapes[name]).to(some)
+                    nn.init.zeros_(factor.weight)
+                    factors[adapter_name] = factor.requires_grad_(some.requires_grad)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the scale s of one adapter: W' = W + s (W'(1) - W). 1 is the trained adapter."""

@@ -1,11 +1,10 @@
 """Another adapter from a file into the tensors of a loaded one: the same answers as loading it, or nothing changes."""
 
-import copy
-
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import hotswap
+from swapping import assert_refused_without_a_trace, swap
 from tiny_models import FORMS, adapter_parameters, build, config_of, distance, inputs, layers, logits
 from torch import nn
 from torch._dynamo.config import patch as dynamo_config
@@ -15,10 +14,6 @@ def make(form="scaled", seed=5, **changes):
     model = build("llama")
     torch.manual_seed(seed)
     return get_peft_model(model, config_of("llama", form, **changes)).eval()
-
-
-def swap(model, path, adapter_name="default"):
-    hotswap.hotswap_adapter(model, path, adapter_name, torch_device="cpu")
 
 
 @pytest.fixture
@@ -31,16 +26,6 @@ def store(tmp_path):
         return tmp_path / name, logits(model, "llama")
 
     return save
-
-
-def assert_refused_without_a_trace(error, match, model, path, adapter_name="default"):
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    config = copy.deepcopy(model.peft_config)
-    with pytest.raises(error, match=match):
-        swap(model, path, adapter_name)
-    assert list(model.state_dict()) == list(state)
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-    assert model.peft_config == config
 
 
 @pytest.mark.parametrize("form", FORMS)
