@@ -12,12 +12,11 @@ from peft.mapping import (
 )
 from peft.tuners import mixed
 from peft.tuners.mixed import model as mixed_model
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import hotswap as peft_hotswap
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 
-from . import hotswap
+from . import hotswap, mixing
 from .config import DLoRConfig
 from .layers import DLoRLayer
 from .model import DLoRModel
@@ -80,28 +79,17 @@ def _enable_hotswap(peft_type: PeftType) -> None:
 
 
 def _enable_mixing(peft_type: PeftType) -> None:
-    """`PeftMixedModel`, which lists the methods that it mixes, lists DLoR."""
+    """`PeftMixedModel`, which lists the methods that it mixes, lists DLoR, and nests it as `dlor_peft.mixing` says."""
     types = dict.fromkeys((*mixed_model.COMPATIBLE_TUNER_TYPES, peft_type))
     mixed.COMPATIBLE_TUNER_TYPES = mixed_model.COMPATIBLE_TUNER_TYPES = tuple(types)
     mixed_model.PREFIXES = list(dict.fromkeys([*mixed_model.PREFIXES, DLoRModel.prefix]))
     mixed_model.Configs = Union[mixed_model.Configs, DLoRConfig]  # noqa: UP007
     mixed_model.Layers = (*dict.fromkeys([*mixed_model.Layers, DLoRLayer]),)
-    _route(
-        mixed_model.MixedModel, DLoRModel._create_and_replace, lambda self, config, *args, **kwargs: _is_ours(config)
-    )
-    _route(mixed_model.MixedModel, merge_adapter, lambda self, *args, **kwargs: _has_layer(self))
-
-
-def merge_adapter(self: BaseTuner, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-    """Merge nested layers of several methods from the inside, as the forward pass applies them.
-
-    PEFT's order is from the outside, which is as good for sums alone.
-    """
-    self._check_merge_allowed()
-    for module in reversed(list(self.model.modules())):
-        if isinstance(module, BaseTunerLayer):
-            with onload_layer(module):
-                module.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+    model = mixed_model.MixedModel
+    _route(model, DLoRModel._create_and_replace, lambda self, config, *args, **kwargs: _is_ours(config))
+    _route(model, mixing._prepare_model, lambda self, config, model: _is_ours(config) or _has_layer(model))
+    for function in (mixing.merge_adapter, mixing._unload_and_optionally_merge):
+        _route(model, function, lambda self, *args, **kwargs: _has_layer(self))
 
 
 def _has_layer(model: Any) -> bool:

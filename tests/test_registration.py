@@ -118,7 +118,7 @@ def test_reloads_and_a_fresh_import_map_to_the_new_classes():
         parts = "parts quantised base activation linear conv embedding parameter attention".split()
         parts = ["layers." + part for part in parts]
         for name in ["maths", "card", "fields", "config", "kernels", "form", *parts, "layers", "combine", "hotswap",
-                     "model", "registration"]:
+                     "mixing", "model", "registration"]:
             importlib.reload(importlib.import_module("dlor_peft." + name))
         importlib.reload(dlor_peft)
         assert dlor_peft.DLoRConfig is not old

@@ -92,10 +92,7 @@ class ActivationLayer(DLoRLayer):
         Subtracting the bias keeps the untrained adapter the exact identity, but in half precision it costs the digits
         that the bias covers. There the base layer is applied without it, where that can be done.
         """
-        layer = self.get_base_layer()
-        has_bias = getattr(layer, "bias", None) is not None
-        on_output = any(self.form[name].acts_on_output for name in adapter_names)
-        bias = fetch(layer, "bias") if has_bias and on_output else None
+        bias = self._bias(x) if any(self.form[name].acts_on_output for name in adapter_names) else None
         if bias is None:
             return None, None
         autocast = torch.is_autocast_enabled(x.device.type)
@@ -115,6 +112,17 @@ class ActivationLayer(DLoRLayer):
 
     def _without_bias(self, x: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def _bias(self, x: Tensor) -> Tensor | None:
+        layer = self.get_base_layer()
+        if getattr(layer, "bias", None) is None:
+            return None
+        # a layer of another method in between may add to it
+        return fetch(layer, "bias") if self.base_layer is layer else self._response_to_zero(x)
+
+    def _response_to_zero(self, x: Tensor) -> Tensor:
+        """The bias, (out_features,), as the base layer adds it."""
+        return self.base_layer(x.new_zeros(1, self.in_features))[0]
 
     def _along_features(self, bias: Tensor) -> Tensor:
         """(out_features,) -> a shape that broadcasts with the output."""

@@ -61,6 +61,13 @@ class Conv(ActivationLayer):
     def _without_bias(self, x: Tensor) -> Tensor:
         return self._conv._conv_forward(x, self._conv.weight, None)
 
+    def _response_to_zero(self, x: Tensor) -> Tensor:
+        conv = self._conv
+        # as wide as the kernel, and wide enough for the padding to be read off
+        widths = zip(conv.dilation, conv.kernel_size, conv._reversed_padding_repeated_twice[::-2], strict=True)
+        extent = [d * (k - 1) + 1 + p for d, k, p in widths]
+        return self.base_layer(x.new_zeros(1, self.in_features, *extent))[0].flatten(1)[:, 0]
+
     def _along_features(self, bias: Tensor) -> Tensor:
         return bias.view(-1, *[1] * len(self._conv.kernel_size))
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -18,6 +19,15 @@ class ParameterLayer(DLoRLayer):
     """A layer whose base runs with W' in the place of W. W' is formed anew in every call, and so costs its size."""
 
     mixed_batch_error: type[Exception] = ValueError
+
+    def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if isinstance(base_layer, BaseTunerLayer) and not isinstance(base_layer, DLoRLayer):
+            raise ValueError(
+                "dlor_peft.layers.parameter: a parameter that has an adapter of another method "
+                f"({type(base_layer).__module__}) takes none of DLoR, which reads it past that. Keep it out with "
+                "exclude_modules, or merge and unload the other adapter first."
+            )
+        super().__init__(base_layer, *args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base layer is called, which may be by keywords, or with nothing."""
