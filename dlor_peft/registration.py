@@ -5,12 +5,14 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Union
 
+from peft import helpers
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 from peft.tuners import mixed
+from peft.tuners.lora import LoraLayer
 from peft.tuners.mixed import model as mixed_model
 from peft.utils import hotswap as peft_hotswap
 from peft.utils import register_peft_method
@@ -48,6 +50,7 @@ def register() -> None:
             f"cannot be used in one process: uninstall dlor-peft and use that one, or do not import dlor_peft."
         )
     _enable_hotswap(peft_type)
+    _enable_rescaling()
     _enable_mixing(peft_type)
 
 
@@ -76,6 +79,11 @@ def _enable_hotswap(peft_type: PeftType) -> None:
             lambda model, target_rank: any([hotswap.pad_ranks(model, target_rank), original(model, target_rank)])
         ),
     )
+
+
+def _enable_rescaling() -> None:
+    """`peft.helpers.rescale_adapter_scale`, which asks for LoRA's layers, rescales DLoR's too."""
+    helpers.LoraLayer = (LoraLayer, DLoRLayer)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _enable_mixing(peft_type: PeftType) -> None:

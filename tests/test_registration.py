@@ -143,6 +143,7 @@ def test_functions_that_were_imported_before_serve_dlor_too():
     run(
         """
         import torch, peft
+        from peft.helpers import rescale_adapter_scale
         from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
         import dlor_peft, tempfile
 
@@ -158,6 +159,9 @@ def test_functions_that_were_imported_before_serve_dlor_too():
             other.save_pretrained(path)
             hotswap_adapter(model, path, "default", torch_device="cpu")
         x = torch.ones(2, 3)
+        assert torch.equal(model(x), other(x))
+        with rescale_adapter_scale(model, 0):
+            assert torch.equal(model(x), model.base_model.model[0].base_layer(x))
         assert torch.equal(model(x), other(x))
         """
     )

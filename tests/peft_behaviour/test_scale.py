@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from tiny_models import FORMS, adapted, base_weights, distance, layers
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft.helpers import rescale_adapter_scale
+from tiny_models import FORMS, adapted, base_weights, build, config_of, distance, layers, logits
 
 SCALES = [0.0, 0.25, 0.75, -1.0, 3.0]
 
@@ -71,3 +73,61 @@ def test_a_replaced_or_new_adapter_starts_at_one():
         layer.set_scale("default", 5.0)
     model.add_adapter("second", model.peft_config["default"])
     assert all(layer.scaling == {"default": 5.0, "second": 1.0} for layer in layers(model).values())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rescaled_for_a_while(form):
+    """0 is the base model, and multipliers multiply."""
+    model = adapted("llama", form)
+    want, base = logits(model, "llama"), logits(build("llama"), "llama")
+    with rescale_adapter_scale(model, 0):
+        assert distance(logits(model, "llama"), base) < 1e-6
+    with rescale_adapter_scale(model, 0.5):
+        half = logits(model, "llama")
+        with rescale_adapter_scale(model, 3):
+            assert all(layer.scaling == {"default": 1.5} for layer in layers(model).values())
+        assert torch.equal(logits(model, "llama"), half)
+        # what is merged inside stays merged
+        model.merge_adapter()
+        assert distance(logits(model, "llama"), half) < 1e-5
+    assert distance(logits(model, "llama"), half) < 1e-5
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, "llama"), want)
+    for layer in layers(model).values():
+        layer.set_scale("default", 0.5)
+    assert torch.equal(logits(model, "llama"), half)
+
+
+def test_rescaling_is_taken_back_after_an_error():
+    model = adapted("llama")
+    for layer in layers(model).values():
+        layer.set_scale("default", 2)
+    with pytest.raises(KeyError), rescale_adapter_scale(model, 0.25):
+        {}["an error"]
+    assert all(layer.scaling == {"default": 2} for layer in layers(model).values())
+
+
+def test_rescaling_reaches_every_adapter_of_either_method():
+    model = get_peft_model(build("llama"), config_of("llama"), mixed=True)
+    model.add_adapter("lora", LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    model.set_adapter(["default", "lora"])
+    want = logits(model.eval(), "llama")
+    with rescale_adapter_scale(model, 0):
+        assert distance(logits(model, "llama"), logits(build("llama"), "llama")) < 1e-6
+    assert torch.equal(logits(model, "llama"), want)
+
+
+def test_rescaling_of_an_injected_adapter():
+    model = inject_adapter_in_model(config_of("llama"), build("llama"))
+    with rescale_adapter_scale(model, 0.0):
+        assert distance(logits(model, "llama"), logits(build("llama"), "llama")) < 1e-6
+
+
+def test_what_cannot_be_rescaled_is_refused():
+    with (
+        pytest.raises(TypeError, match="multiplier should be of type float"),
+        rescale_adapter_scale(adapted("llama"), "1"),
+    ):
+        pass
+    with pytest.raises(ValueError, match="scaling is only supported"), rescale_adapter_scale(build("llama"), 0.5):
+        pass
