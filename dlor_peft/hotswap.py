@@ -48,7 +48,10 @@ def hotswap_adapter_from_state_dict(
     layers = {name: layer for name, layer in _layers(model) if adapter_name in layer.form}
     if not layers:
         known = sorted({name for _, layer in _layers(model) for name in layer.form})
-        raise ValueError(f"dlor_peft.hotswap: there is no adapter {adapter_name!r}; there are {', '.join(known)}.")
+        raise ValueError(
+            f"dlor_peft.hotswap: there is no DLoR adapter {adapter_name!r}; there are {', '.join(known) or 'none'}. "
+            "Name one that is loaded."
+        )
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(
             f"Cannot hot-swap adapter '{adapter_name}' because it is currently merged into the base weights. "

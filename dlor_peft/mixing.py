@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_a
 from peft.utils import AuxiliaryTrainingWrapper, PeftType
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from tqdm import tqdm
 
 from .config import DLoRConfig
 from .layers import DLoRLayer
@@ -18,6 +19,11 @@ def _prepare_model(self: BaseTuner, peft_config: PeftConfig, model: nn.Module) -
     """Refuse an adapter of any method that cannot be nested with those that are there, before the first layer is."""
     config = cast(Any, _maybe_include_all_linear_layers(peft_config, model))
     ours = isinstance(config, DLoRConfig)
+    if ours and config.ensure_weight_tying:
+        raise ValueError(
+            "dlor_peft.mixing: ensure_weight_tying=True is given, and PeftMixedModel ties no layers. Set it to False "
+            "and keep the embeddings out of target_modules and modules_to_save, or add the adapter to a PeftModel."
+        )
     for name, other in self.peft_config.items():
         parameters = getattr(config, "target_parameters", None) and getattr(other, "target_parameters", None)
         if parameters and isinstance(other, DLoRConfig) != ours:
@@ -67,7 +73,7 @@ def _unload_and_optionally_merge(
     """The base model, with adapters merged from the inside, or as it was; those that are not named are dropped."""
     if merge:
         _merge(self, adapter_names, safe_merge)
-    for parent in list(self.model.modules()):
+    for parent in tqdm(list(self.model.modules()), disable=not progressbar, desc="Unloading model"):
         for name, child in list(parent.named_children()):
             if isinstance(child, AuxiliaryTrainingWrapper) or not isinstance(parent, BaseTunerLayer):
                 setattr(parent, name, _unloaded(child))

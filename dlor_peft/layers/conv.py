@@ -28,6 +28,11 @@ class Conv(ActivationLayer):
     def _conv(self) -> nn.Conv2d:
         return self.get_base_layer()
 
+    @property
+    def groups(self) -> int:
+        """As the base layer has it: PEFT's LoRA asks the layer that it wraps."""
+        return self._conv.groups
+
     def resolve_form(self, config: DLoRConfig, r: int, depth: int) -> Form:
         conv = self._conv
         grouped = conv.groups > 1

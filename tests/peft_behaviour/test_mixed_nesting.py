@@ -248,6 +248,32 @@ def test_embeddings():
         assert distance(logits(model.merge_and_unload(), "llama"), want) < TOLERANCE
 
 
+@pytest.mark.parametrize("form", ["additive", "scaled-both", "multiplicative-output-3"])
+@pytest.mark.parametrize("other", [LoraConfig, LoHaConfig, LoKrConfig])
+def test_convolutions(other, form):
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 6, (3, 1)))
+
+    targets, x = {"r": 2, "target_modules": ["0", "1"]}, torch.randn(2, 3, 5, 5)
+    theirs = other(**targets, **{"init_lora_weights" if other is LoraConfig else "init_weights": False})
+    ours = config_of("llama", form, **targets)
+    for first, second in ((ours, theirs), (theirs, ours)):
+        torch.manual_seed(2)
+        model = get_peft_model(net(), first, mixed=True)
+        model.add_adapter("second", second)
+        model.set_adapter(["default", "second"])
+        want = model.eval()(x)
+        assert distance(want, net()(x)) > 1e-3
+        assert distance(model.merge_and_unload()(x), want) < TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`:UserWarning")
+def test_weights_are_not_tied():
+    with pytest.raises(ValueError, match="PeftMixedModel ties no layers"):
+        get_peft_model(build("llama"), config_of("llama", ensure_weight_tying=True), mixed=True)
+
+
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
