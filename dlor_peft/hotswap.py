@@ -96,7 +96,9 @@ def pad_ranks(model: nn.Module, target_rank: int) -> bool:
         )
     for layer in layers:
         layer.pad_rank(target_rank)
-    _tell_ranks(model)
+    # as PEFT tells those that it is given
+    for _, _, config in _configs(model):
+        config.r, config.rank_pattern = target_rank, dict.fromkeys(config.rank_pattern, target_rank)
     return bool(layers)
 
 
