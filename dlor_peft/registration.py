@@ -1,10 +1,12 @@
 """Makes "DLOR" a genuine PEFT method. The only file that reaches into PEFT's registry."""
 
 import functools
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Union
 
+from peft import __version__ as peft_version
 from peft import helpers
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -119,7 +121,16 @@ def _route(owner: ModuleType | type, function: Callable, applies: Callable[..., 
 
 def _wrap(owner: ModuleType | type, name: str, wrap: Callable[[Callable], Callable]) -> None:
     """`owner`'s function of that name is what `wrap` makes of it."""
-    original = getattr(owner, name)
+    original = getattr(owner, name, None)
+    if original is None:
+        warnings.warn(
+            f"dlor_peft.registration: PEFT {peft_version} has no {owner.__name__}.{name}, by which DLoR's part in "
+            "hot-swapping or PeftMixedModel is reached: they do not know DLoR. All else works; see the README for the "
+            "versions of PEFT that were tested.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return
     # a reload of this package replaces what the former one made
     original = getattr(original, "_without_dlor", original)
     wrapped = functools.wraps(original)(wrap(original))

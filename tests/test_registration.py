@@ -1,5 +1,6 @@
 """DLOR is a genuine PEFT method after `import dlor_peft`, in any process, however often it is imported."""
 
+import ast
 import copy
 import json
 import pickle
@@ -165,6 +166,23 @@ def test_functions_that_were_imported_before_serve_dlor_too():
         assert torch.equal(model(x), other(x))
         """
     )
+
+
+def test_a_peft_that_renamed_what_is_patched_still_has_the_method():
+    code = """
+        import warnings
+        from peft.utils import hotswap
+        del hotswap._pad_lora_weights
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            import dlor_peft
+        print([str(warning.message) for warning in caught if "dlor_peft" in str(warning.message)])
+        from peft import get_peft_model
+        from torch import nn
+        get_peft_model(nn.Sequential(nn.Linear(3, 4)), dlor_peft.DLoRConfig(target_modules=["0"]))
+    """
+    (warning,) = ast.literal_eval(run(code))
+    assert "has no peft.utils.hotswap._pad_lora_weights" in warning
 
 
 def test_a_foreign_method_of_this_name_is_refused_by_name():
