@@ -39,7 +39,8 @@ class DLoRConfig(PeftConfig):
     | "multiplicative" | "input" | W P, P = I + s (F_depth ... F_1 - I), F_k = diag(1 + delta_k) + U_k V_k^T |
     | "multiplicative" | "output" | P W |
 
-    Every mode starts as the exact identity. The bias of an adapted layer is never scaled or rotated.
+    Every mode starts as the exact identity, in half precision up to one rounding where a bias is added last. The bias
+    of an adapted layer is never scaled or rotated.
 
     Raises:
         ValueError, TypeError: at construction, for any value or combination that could not be honoured.

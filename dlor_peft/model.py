@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -10,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
@@ -25,15 +23,17 @@ from .config import DLoRConfig
 from .layers import DLoRLayer, ParamWrapper, layer_class
 from .layers.attention import MultiheadAttention, UncalledLinear
 from .layers.placement import is_fsdp_managed, offload_hook, stay
+from .merging import MergingTuner
 from .offload import fetch_saved, refuse_offloaded
-from .targets import translate_fused
+from .targets import is_left_out, translate_fused
+from .tying import TyingTuner, restore_kind, tied_source
 
 _PREFIX = "dlor_"
 # how FSDP 1 names what it wraps
 _WRAPPER = "_fsdp_wrapped_module."
 
 
-class DLoRModel(BaseTuner):
+class DLoRModel(TyingTuner, MergingTuner):
     """A model whose targeted layers carry DLoR adapters; see [`DLoRConfig`] for their form.
 
     Made by `get_peft_model(model, DLoRConfig(...))`, not by hand.
@@ -56,18 +56,24 @@ class DLoRModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         _check_name(adapter_name)
-        translate_fused(cast(DLoRConfig, self.peft_config[adapter_name]), model)
+        config = cast(DLoRConfig, self.peft_config[adapter_name])
+        translate_fused(config, model)
+        # of the defaults for an architecture, none need match
+        asked = {name: getattr(config, name) or () for name in ("target_modules", "target_parameters")}
         self._stored_shapes = {
             key.removeprefix("_orig_mod."): tuple(tensor.shape) for key, tensor in (state_dict or {}).items()
         }
+        before = {layer for layer in model.modules() if isinstance(layer, DLoRLayer)}
         try:
             with warnings.catch_warnings():
                 # PEFT compares them with the names of modules only, not with those of parameters
                 warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        except Exception:
+            _take_back(model, adapter_name, before)
+            raise
         finally:
             self._stored_shapes = {}
-        config = cast(DLoRConfig, self.peft_config[adapter_name])
         if not config.inference_mode and any(
             isinstance(module, DLoRLayer) and adapter_name in module.form and is_fsdp_managed(module.get_base_layer())
             for module in model.modules()
@@ -78,7 +84,7 @@ class DLoRModel(BaseTuner):
                 stacklevel=2,
             )
         for key in config.modules_to_tie or ():
-            _restore_kind(cast(ModulesToSaveWrapper, model.get_submodule(key)), adapter_name)
+            restore_kind(cast(ModulesToSaveWrapper, model.get_submodule(key)), adapter_name)
         for module in model.modules():
             if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
                 # in a copy that is offloaded, what is loaded or trained is lost
@@ -89,6 +95,8 @@ class DLoRModel(BaseTuner):
             if isinstance(module, DLoRLayer) and adapter_name in module.form
         ]
         adapted += self.targeted_parameter_names
+        if not config.inference_mode:
+            _warn_of_unmatched(asked, adapted)
         for field in ("rank_pattern", "depth_pattern"):
             unmatched = [
                 key
@@ -144,9 +152,11 @@ class DLoRModel(BaseTuner):
     ) -> None:
         # PEFT's MixedModel borrows this method
         _check_name(adapter_name)
+        if parameter_name is not None and is_left_out(config, current_key.rpartition(".")[0]):
+            return
         stored_shapes = getattr(self, "_stored_shapes", {})
         r, depth = _rank_and_depth(config, current_key, stored_shapes)
-        tied_to = _tied_source(self, config, adapter_name, current_key)
+        tied_to = tied_source(self, config, adapter_name, current_key)
         if isinstance(parent, MultiheadAttention):
             # its out-projection, which it adapts itself
             parent = parent.get_base_layer()
@@ -209,26 +219,6 @@ class DLoRModel(BaseTuner):
             )
         return new_module
 
-    _tied_to_embedding: list[str] | None = None
-
-    def _get_module_names_tied_with_embedding(self) -> list[str]:
-        # PEFT finds them by the names of their parameters, which are others once the layers are wrapped
-        if self._tied_to_embedding is None:
-            self._tied_to_embedding = super()._get_module_names_tied_with_embedding()
-        return self._tied_to_embedding
-
-    def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
-        config = cast(DLoRConfig, peft_config)
-        tied = self._get_module_names_tied_with_embedding() if config.ensure_weight_tying else []
-        if tied:
-            # PEFT knows the input embedding by two names only
-            group = (*tied, self._input_embedding_name())
-            if any(f".{key}".endswith(f".{name}") for key in group for name in config.modules_to_save or ()):
-                return self._add_modules_to_save_to_tie(config, tied)
-            if any(self._check_target_module_exists(config, key) for key in group):
-                return self._add_targets_to_tie(config, tied)
-        return super()._check_tied_modules(model, peft_config)
-
     @classmethod
     def _get_adapter_state_dict(
         cls,
@@ -253,33 +243,6 @@ class DLoRModel(BaseTuner):
         factors = {f"{name}.{part}.{adapter_name}" for name in wrapped for part in DLoRLayer.adapter_layer_names}
         return selected | {key: value for key, value in state_dict.items() if key.rpartition(".")[0] in factors}
 
-    def _add_targets_to_tie(self, peft_config: PeftConfig, tied_weight_keys: list[str]) -> None:
-        """Adapt the input embedding; the layers tied to it will share its adapter."""
-        config = cast(DLoRConfig, peft_config)
-        # an earlier adapter has moved the weight into its base layer
-        config.target_modules_to_tie = {key.removesuffix(".base_layer") for key in tied_weight_keys}
-        embedding = self._input_embedding_name()
-        if isinstance(config.target_modules, str):
-            config.target_modules = f"({config.target_modules})|{re.escape(embedding)}"
-        else:
-            config.target_modules = {*(config.target_modules or ()), embedding}  # pyright: ignore
-
-    def _add_modules_to_save_to_tie(self, peft_config: PeftConfig, tied_weight_keys: list[str]) -> None:
-        """Train the input embedding in full; the layers tied to it will share the trained weight."""
-        config = cast(DLoRConfig, peft_config)
-        config.modules_to_tie = {key.removesuffix(".base_layer") for key in tied_weight_keys}
-        embedding = self._input_embedding_name()
-        others = [
-            name
-            for name in config.modules_to_save or ()
-            if not any(f".{key}".endswith(f".{name}") for key in (*tied_weight_keys, embedding))
-        ]
-        config.modules_to_save = [*others, embedding]
-
-    def _input_embedding_name(self) -> str:
-        embedding = self.model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
-        return next(name for name, module in self.model.named_modules() if module is embedding)
-
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # the base class hands the weight of the old module to a new one that wraps nothing: when an adapted module is
         # unloaded the new one has its own already
@@ -287,37 +250,6 @@ class DLoRModel(BaseTuner):
             super()._replace_module(parent, child_name, new_module, child)
         else:
             setattr(parent, child_name, new_module)
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        if safe_merge:
-            self._check_finite(adapter_names)
-        super().merge_adapter(adapter_names, safe_merge)
-
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> Any:
-        if merge and safe_merge:
-            self._check_finite(adapter_names)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-
-    def _check_finite(self, adapter_names: list[str] | None) -> None:
-        """Look at all layers before the first is merged, so that none is where one cannot be."""
-        self._check_merge_allowed()
-        for module in self.model.modules():
-            if isinstance(module, DLoRLayer):
-                with onload_layer(module):
-                    module.check_finite(adapter_names)
-
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        # before the first layer is merged, so that none is where one cannot be
-        for module in self.model.modules():
-            if isinstance(module, DLoRLayer):
-                module.check_mergeable()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -371,11 +303,45 @@ class _AdapterNames:
 
 
 def _check_name(adapter_name: str) -> None:
+    if adapter_name == "__base__":
+        raise ValueError(
+            "dlor_peft.model: the adapter name '__base__' stands for no adapter where a batch mixes adapters "
+            "(adapter_names). Choose another, such as 'default'."
+        )
     if adapter_name in _PREFIX:
         raise ValueError(
             f"dlor_peft.model: the adapter name {adapter_name!r} is part of the parameter prefix {_PREFIX!r}, which "
             "makes PEFT lose the adapter's weights when it is loaded. Choose another, such as 'default'."
         )
+
+
+def _take_back(model: nn.Module, adapter_name: str, before: set[DLoRLayer]) -> None:
+    """Undo what an adapter that is refused has done to the layers that it came to first."""
+    for name, layer in reversed(list(model.named_modules())):
+        if not isinstance(layer, DLoRLayer):
+            continue
+        if layer not in before:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.base_layer)
+        elif adapter_name in layer.form:
+            layer.delete_adapter(adapter_name)
+
+
+def _warn_of_unmatched(asked: Mapping[str, Any], adapted: list[str]) -> None:
+    for field, names in asked.items():
+        # a regex matches something, or PEFT raises
+        unmatched = [] if isinstance(names, str) else [n for n in names if not any(_ends(key, n) for key in adapted)]
+        if unmatched:
+            warnings.warn(
+                f"dlor_peft.model: of {field}, {sorted(unmatched)} matched nothing in the model and is not adapted. "
+                "Correct the names, or leave them out.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+
+def _ends(name: str, end: str) -> bool:
+    return f".{name.replace('.base_layer', '')}".endswith(f".{end}")
 
 
 def _rank_and_depth(config: DLoRConfig, key: str, stored: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
@@ -392,25 +358,6 @@ def _rank_and_depth(config: DLoRConfig, key: str, stored: Mapping[str, tuple[int
     if shape[0] != depth:
         config.depth_pattern = {re.escape(key): shape[0], **config.depth_pattern}
     return shape[-1], shape[0]
-
-
-def _tied_source(tuner: BaseTuner, config: DLoRConfig, adapter_name: str, key: str) -> DLoRLayer | None:
-    if not tuner._check_tied_module_exists(config, key):
-        return None
-    embedding = tuner.model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
-    if not isinstance(embedding, DLoRLayer) or adapter_name not in embedding.form:
-        raise ValueError(
-            f"dlor_peft.model: ensure_weight_tying ties {key!r} to the adapter of the input embedding, which has "
-            "none. Do not exclude the embedding, or set ensure_weight_tying=False."
-        )
-    return embedding
-
-
-def _restore_kind(wrapper: ModulesToSaveWrapper, adapter_name: str) -> None:
-    """Make what is trained in the place of a tied layer of its kind: PEFT puts a linear layer without bias there."""
-    original, trained = cast(Any, wrapper.original_module), cast(Any, wrapper.modules_to_save[adapter_name])
-    wrapper.modules_to_save[adapter_name] = copy.deepcopy(original, {id(original.weight): trained.weight})
-    wrapper.modules_to_save[adapter_name].requires_grad_(trained.weight.requires_grad)
 
 
 def _do_nothing(module: nn.Module, args: tuple) -> None:

@@ -59,6 +59,20 @@ def translate_fused(config: DLoRConfig, model: nn.Module) -> None:
         config.target_parameters = sorted(parameters)
 
 
+def is_left_out(config: DLoRConfig, module_name: str) -> bool:
+    """Whether a config keeps the parameters of a module out: by exclude_modules, or by layers_to_transform.
+
+    PEFT asks this of the modules that are targeted themselves.
+    """
+    alone = LoraConfig(
+        target_modules=[module_name.rpartition(".")[2]],
+        exclude_modules=config.exclude_modules,
+        layers_to_transform=config.layers_to_transform,
+        layers_pattern=config.layers_pattern,
+    )
+    return not check_target_module_exists(alone, module_name)
+
+
 def _beyond(regex: str, translated: LoraConfig, parameters: set[str], model: nn.Module) -> str | None:
     """A module or parameter of the translated targets that the regex does not match; None if it matches all."""
     for name, _ in model.named_modules():

@@ -31,6 +31,8 @@ def grad_q(g: Tensor, x: Tensor, q: Tensor) -> Tensor:
     """sum_t g * x over the leading m columns, (m,); summed to (1,) for a scalar q. float32 or wider."""
     m = min(g.shape[1], x.shape[1])
     dtype = torch.promote_types(g.dtype, torch.float32)
+    # the product of two float16 numbers may be none
+    g = g.to(dtype) if g.dtype == torch.float16 else g
     # not einsum: the product and its sum in two steps are 60 to 120 times faster on a CPU
     columns = (g[:, :m] * x[:, :m]).sum(0, dtype=dtype)
     return columns if q.numel() == m else columns.sum(0, keepdim=True)

@@ -108,6 +108,7 @@ class ActivationLayer(DLoRLayer):
             type(layer) in self.plain_types
             and type(layer.weight) is nn.Parameter
             and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
+            and not (layer._backward_hooks or layer._backward_pre_hooks)
         )
 
     def _without_bias(self, x: Tensor) -> Tensor:

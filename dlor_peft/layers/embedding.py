@@ -7,6 +7,7 @@ term gives each token a row of V (num_embeddings, r).
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from ..config import DLoRConfig
 from ..form import Form
+from ..kernels import update
 from .activation import ActivationLayer
 
 
@@ -58,6 +60,19 @@ class Embedding(ActivationLayer):
             return dropout(x)
         active = isinstance(dropout, nn.Dropout) and dropout.training
         return _Tokens(x, dropout(torch.ones(*x.shape, 1, device=x.device)) if active else None)
+
+    @staticmethod
+    def _mix(
+        acc: Tensor | None,
+        x: Tensor,
+        q: Tensor | None,
+        U: Tensor | None = None,
+        V: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> Tensor:
+        # autocast leaves the dtype of what is looked up, on which that of all that follows depends
+        with torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled() else nullcontext():
+            return update(acc, x, q, U, V, scale)
 
     def _term(
         self,

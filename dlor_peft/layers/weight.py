@@ -56,8 +56,7 @@ class WeightLayer(nn.Module, BaseTunerLayer):
         """
         owner = self._weight_owner
         if owner is not self:
-            names = self.active_adapters if adapter_names is None else adapter_names
-            names = [name for name in names if name in self.form and name not in self.merged_adapters]
+            names = self.to_merge(adapter_names)
             self._check_tied(names)
             if names:
                 owner.merge(safe_merge, names)
@@ -81,13 +80,16 @@ class WeightLayer(nn.Module, BaseTunerLayer):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         return self._as_stored(W).to(stored.dtype).contiguous()
 
-    @torch.no_grad()
-    def check_finite(self, adapter_names: list[str] | None) -> None:
-        """ValueError where `merge` with `safe_merge` would raise it for a weight that is not finite."""
+    def to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        """The adapters that `merge` would merge now: of those that are named, or active, those that are here."""
         names = self.active_adapters if adapter_names is None else adapter_names
+        return [name for name in names if name in self.form and name not in self.merged_adapters]
+
+    @torch.no_grad()
+    def check_finite(self, adapter_names: list[str]) -> None:
+        """ValueError where `merge` with `safe_merge` would raise it for a weight that is not finite."""
         owner = self._weight_owner
-        names = [name for name in names if name in owner.form and name not in owner.merged_adapters]
-        owner._merged(owner.get_base_weight(), names, safe_merge=True)
+        owner._merged(owner.get_base_weight(), adapter_names, safe_merge=True)
 
     def _kept(self, stored: Tensor) -> Tensor:
         """Where an offloaded weight has its place while it is merged: not where the layer runs."""
@@ -205,6 +207,11 @@ class WeightLayer(nn.Module, BaseTunerLayer):
     def merged_adapters(self) -> list[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Names of the merged adapters in their order; layers that have one weight have one such list."""
         return self._weight_owner._merged_adapters
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether another layer merges into the weight for this one."""
+        return self._weight_owner is not self
 
     @property
     def _weight_owner(self) -> WeightLayer:
