@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .config import DLoRConfig
-from .kernels import update
+from .kernels import update, without_autocast
 from .maths import apply, collapse
 
 Map = Callable[[Any], Tensor]
@@ -148,7 +148,8 @@ class Form:
             return Residual(None if delta is None else delta[0], U[0], V[0], None if delta_in is None else delta_in[0])
         dtype = torch.promote_types(some.dtype, torch.float32)
         delta = some.new_zeros(self.depth, *experts, 1, dtype=dtype) if delta is None else delta.to(dtype)
-        _, U, V = collapse(1 + delta, U.to(dtype), V.to(dtype))
+        with without_autocast(some.device.type):
+            _, U, V = collapse(1 + delta, U.to(dtype), V.to(dtype))
         # the product of the 1 + delta_k, less 1: formed without the 1, in which a small delta would round away
         q = delta[0]
         for step in delta[1:]:

@@ -29,7 +29,6 @@ class MergingTuner(BaseTuner):
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        self._check_merge_allowed()
         layers = {name: module for name, module in self.model.named_modules() if isinstance(module, DLoRLayer)}
         names = {key: layer.to_merge(adapter_names) for key, layer in layers.items()}
         _check_shared(layers, names)

@@ -100,9 +100,26 @@ def _merge(self: BaseTuner, adapter_names: list[str] | None, safe_merge: bool) -
     for layer in layers:
         if isinstance(layer, DLoRLayer) and _to_merge(layer, adapter_names):
             layer.check_mergeable()
-    for layer in reversed(layers):
+    before = {layer: list(layer.merged_adapters) for layer in layers}
+    try:
+        for layer in reversed(layers):
+            with onload_layer(layer):
+                layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+    except Exception:
+        _take_back(before)
+        raise
+
+
+def _take_back(before: dict[BaseTunerLayer, list[str]]) -> None:
+    """Undo a merge that one of the layers has refused: of nested layers, from the outside."""
+    changed = [layer for layer in before if layer.merged_adapters != before[layer]]
+    for layer in changed:
         with onload_layer(layer):
-            layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+            layer.unmerge()
+    for layer in reversed(changed):
+        if before[layer]:
+            with onload_layer(layer):
+                layer.merge(adapter_names=before[layer])
 
 
 def _to_merge(layer: BaseTunerLayer, adapter_names: list[str] | None) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
@@ -32,8 +34,7 @@ def refuse_offloaded(tuner: BaseTuner, config: DLoRConfig) -> None:
 def fetch_saved(model: nn.Module, config: PeftConfig, state_dict: dict[str, Tensor], prefix: str) -> None:
     """Put what is offloaded into `state_dict`, but for that which is not saved with an adapter."""
     trained = [f"{name}." for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    embeddings = [getattr(model, f"get_{kind}_embeddings", lambda: None)() for kind in ("input", "output")]
-    embeddings = [getattr(layer, "base_layer", layer) for layer in embeddings]
+    embeddings = list(_embeddings(model))
     biases = getattr(config, "bias", "none") != "none"
     for name, module in model.named_modules():
         if offload_hook(module) is None:
@@ -44,3 +45,14 @@ def fetch_saved(model: nn.Module, config: PeftConfig, state_dict: dict[str, Tens
             key = f"{name}.{tensor}"
             if (whole or (biases and tensor == "bias")) and key in state_dict and state_dict[key].is_meta:
                 state_dict[key] = fetch(module, tensor)
+
+
+def _embeddings(model: nn.Module) -> Iterator[nn.Module]:
+    for kind in ("input", "output"):
+        try:
+            layer = getattr(model, f"get_{kind}_embeddings", lambda: None)()
+        except NotImplementedError:
+            # a model of images
+            continue
+        if layer is not None:
+            yield getattr(layer, "base_layer", layer)

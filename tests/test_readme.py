@@ -54,6 +54,14 @@ def test_the_dlor_commands_parse(words, tmp_path, monkeypatch, capsys):
     assert "peft_type: DLOR" in capsys.readouterr().out
 
 
+def test_the_files_that_contributors_are_told_of_are_there():
+    text = (ROOT / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    names = re.findall(r"`([\w./]+(?:\.(?:py|sh|txt|toml)|/))`", text)
+    assert names
+    for name in names:
+        assert any((ROOT / folder / name).exists() for folder in ("", "dlor_peft", "dlor_peft/kernels")), name
+
+
 def test_the_scripts_it_names_are_there():
     for words in commands("bash"):
         assert (ROOT / words[1]).is_file()

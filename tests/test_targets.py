@@ -95,3 +95,41 @@ def test_a_second_adapter_of_the_same_targets():
     model.set_adapter("second")
     answer(model).sum()
     assert model.peft_config["second"].rank_pattern == {r".*\.gate_up_proj": 16}
+
+
+@pytest.mark.parametrize(
+    "left_out",
+    [
+        {"layers_to_transform": [1]},
+        {"exclude_modules": r".*layers\.0\..*"},
+        {"exclude_modules": ["layers.0.mlp.experts", "layers.0.self_attn.q_proj"]},
+    ],
+)
+@pytest.mark.parametrize("by", ["name of the projections", "name of the parameters"])
+def test_parameters_of_layers_that_are_left_out_stay(by, left_out, tmp_path):
+    targets = (
+        {"target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]}
+        if by == "name of the projections"
+        else {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    )
+    model = get_peft_model(build(), DLoRConfig(r=2, init_weights=False, **targets, **left_out)).eval()
+    assert {name for name, _ in adapted_names(model)} == {
+        f"base_model.model.model.layers.1.{name}" for name in ("self_attn.q_proj", "mlp.experts")
+    }
+    want = answer(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(answer(PeftModel.from_pretrained(build(), tmp_path)), want)
+
+
+@pytest.mark.parametrize(
+    ("field", "targets"),
+    [
+        ("target_modules", {"target_modules": ["q_proj", "typo_proj"]}),
+        ("target_parameters", {"target_modules": ["q_proj"], "target_parameters": ["down_proj", "typo_proj"]}),
+    ],
+)
+def test_a_target_that_matches_nothing_is_named(field, targets):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        get_peft_model(build(), DLoRConfig(**targets))
+    assert any(f"of {field}, ['typo_proj'] matched nothing" in str(warning.message) for warning in caught)

@@ -1,6 +1,6 @@
 """update() as one differentiable operation that keeps only x and x V."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -55,8 +55,19 @@ class _Update(torch.autograd.Function):
         return g if needs_acc else None, dx, dq, dU, dV, None
 
 
+def without_autocast(device: str) -> AbstractContextManager:
+    """In it, what is computed on devices of that type has the dtype of its operands."""
+    # torch.export keeps the context in its graph
+    return torch.autocast(device, enabled=False) if _is_autocast(device) else nullcontext()
+
+
+def _is_autocast(device: str) -> bool:
+    # the meta device has none, and asking for it raises
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def update(
-    acc: Tensor | None,
+    acc: Tensor,
     x: Tensor,
     q: Tensor | None,
     U: Tensor | None = None,
@@ -65,11 +76,11 @@ def update(
 ) -> Tensor:
     """acc + scale (q * x + (x V) U^T), the one operation that every mode is made of.
 
-    Shapes: acc (..., O) or None for zeros, x (..., I), q (min(I, O),) or (1,) or None, U (O, r), V (I, r), r >= 0, or
-    both None where there is no low-rank part (O = I then). q multiplies the leading min(I, O) features. `acc is x` is
-    the multiplicative form, whose input gradient is the same operation with U and V swapped.
+    Shapes: acc (..., O), x (..., I), q (min(I, O),) or (1,) or None, U (O, r), V (I, r), r >= 0, or both None where
+    there is no low-rank part (O = I then). q multiplies the leading min(I, O) features. `acc is x` is the
+    multiplicative form, whose input gradient is the same operation with U and V swapped.
 
-    dtype: that of acc (of x where acc is None); x and the factors are cast to it, so that factors kept in float32
+    dtype: that of acc; x and the factors are cast to it, so that factors kept in float32
     over a bfloat16 base cost no copy of x. Under autocast acc = x takes the autocast dtype first. Gradients come in
     the dtype of their tensor, products accumulate in float32 for the half-precision types.
 
@@ -83,17 +94,13 @@ def update(
         # outside of the operation, where torch.compile takes it for a variable
         q, U = None if q is None else q * scale, U * scale
     device = x.device.type
-    # the meta device has none, and asking for it raises
-    is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     is_residual = acc is x
-    if is_residual and is_autocast and x.dtype is not torch.float64:
+    if is_residual and _is_autocast(device) and x.dtype is not torch.float64:
         acc = x = x.to(torch.get_autocast_dtype(device))
-    if acc is not None:
-        x = x.to(acc.dtype)
+    x = x.to(acc.dtype)
     width = U.shape[0]
-    acc_TO = None if acc is None or is_residual else acc.reshape(-1, width)
+    acc_TO = None if is_residual else acc.reshape(-1, width)
     operation = _Update.apply if torch.is_grad_enabled() else _Update.forward
-    # torch.export keeps the context in its graph
-    with torch.autocast(device, enabled=False) if is_autocast else nullcontext():
+    with without_autocast(device):
         out, _ = operation(acc_TO, x.reshape(-1, x.shape[-1]), q, U, V, is_residual)
     return out.reshape(*x.shape[:-1], width)

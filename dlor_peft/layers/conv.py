@@ -78,7 +78,7 @@ class Conv(ActivationLayer):
 
     def _mix(
         self,
-        acc: Tensor | None,
+        acc: Tensor,
         x: Tensor,
         q: Tensor | None,
         U: Tensor | None = None,
@@ -94,7 +94,7 @@ class Conv(ActivationLayer):
             return t.unflatten(dim, (channels // width, width)).movedim(dim, -1)
 
         x_last = channels_last(x)
-        acc_last = x_last if acc is x else None if acc is None else channels_last(acc)
+        acc_last = x_last if acc is x else channels_last(acc)
         y = update(acc_last, x_last, q, U, V, scale).movedim(-1, dim).flatten(dim - 1, dim)
         # in the layout of x, on which the kernel of the convolution, and so its rounding, depends
         return y if y.stride() == x.stride() else torch.empty_like(x, dtype=y.dtype).copy_(y)

@@ -7,7 +7,6 @@ term gives each token a row of V (num_embeddings, r).
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config import DLoRConfig
 from ..form import Form
-from ..kernels import update
+from ..kernels import update, without_autocast
 from .activation import ActivationLayer
 
 
@@ -63,7 +62,7 @@ class Embedding(ActivationLayer):
 
     @staticmethod
     def _mix(
-        acc: Tensor | None,
+        acc: Tensor,
         x: Tensor,
         q: Tensor | None,
         U: Tensor | None = None,
@@ -71,7 +70,7 @@ class Embedding(ActivationLayer):
         scale: float = 1.0,
     ) -> Tensor:
         # autocast leaves the dtype of what is looked up, on which that of all that follows depends
-        with torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled() else nullcontext():
+        with without_autocast(x.device.type):
             return update(acc, x, q, U, V, scale)
 
     def _term(

@@ -80,7 +80,7 @@ def test_update_is_linear_in_the_residual(T, I, O, r, seed, scale, diagonal):
     acc, x, q, U, V = tensors(T, I, O, r, diagonal, torch.float64, seed)
     whole = update(acc, x, q, U, V, scale=scale) - acc
     torch.testing.assert_close(whole, scale * (update(acc, x, q, U, V) - acc), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(whole, update(None, x, q, U, V, scale=scale), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(whole, update(torch.zeros_like(acc), x, q, U, V, scale=scale), rtol=1e-10, atol=1e-10)
 
 
 def test_gradcheck():
@@ -153,3 +153,16 @@ def test_autocast_takes_the_residual_form_to_the_autocast_dtype():
 def test_the_reference_returns_xV():
     acc, x, q, U, V = tensors(8, 6, 5, 2, "vector", torch.float64)
     torch.testing.assert_close(reference_update(acc, x, q, U, V)[1], x @ V)
+
+
+@pytest.mark.parametrize("value", [300.0, 1e-4])
+def test_the_gradient_of_the_diagonal_bears_products_beyond_half_precision(value):
+    """Above 65504 they are infinite in float16, and below 6e-8 zero; the sums over tokens are neither."""
+    T = 4096
+    x = torch.full((T, 3), value, dtype=torch.float16, requires_grad=True)
+    q = torch.zeros(3, requires_grad=True)
+    g = torch.full((T, 3), value, dtype=torch.float16)
+    g[: T // 4] *= -1
+    update(torch.zeros_like(x), x, q).backward(g)
+    want = (g.double() * x.detach().double()).sum(0)
+    torch.testing.assert_close(q.grad.double(), want, rtol=1e-3, atol=0)

@@ -367,3 +367,22 @@ def test_parameters_take_one_method():
         with pytest.raises(ValueError, match="'default' has target_parameters, too"):
             model.add_adapter("second", second)
         assert list(model.state_dict()) == keys
+
+
+def test_a_merge_that_one_layer_refuses_is_taken_back():
+    torch.manual_seed(0)
+    net, config = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), config_of("llama", target_modules=["0", "1"])
+    model = get_peft_model(net, config, mixed=True)
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["1"], init_lora_weights=False))
+    model.set_adapter(["default", "second"])
+    x = torch.randn(3, 4)
+    broken = next(iter(layers(model).values()))
+    kept = broken.dlor_U["default"].weight.data.clone()
+    want = model(x)
+    broken.dlor_U["default"].weight.data[:] = torch.nan
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="NaNs detected"):
+            merge(safe_merge=True)
+        assert not any(module.merged for module in model.modules() if isinstance(module, BaseTunerLayer))
+    broken.dlor_U["default"].weight.data = kept
+    assert distance(model(x), want) < 1e-5

@@ -1,5 +1,7 @@
 """What is on disk, and every way of PEFT and transformers to load it again."""
 
+import copy
+
 import pytest
 import torch
 from peft import (
@@ -16,7 +18,9 @@ from peft import (
 )
 from safetensors.torch import load_file
 from tiny_models import FORMS, adapted, adapter_parameters, add, build, config_of, distance, inputs, layers, logits
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, ResNetConfig, ResNetForImageClassification
+
+from dlor_peft import DLoRConfig
 
 AUTO = {
     "llama": ("CAUSAL_LM", AutoPeftModelForCausalLM),
@@ -199,3 +203,17 @@ def test_a_merged_model_is_a_plain_one_on_disk(max_shard_size, tied, tmp_path):
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert (reloaded.lm_head.weight is reloaded.model.embed_tokens.weight) == tied
     assert torch.equal(logits(reloaded, "llama"), logits(merged, "llama"))
+
+
+def test_a_model_without_embeddings(tmp_path):
+    torch.manual_seed(0)
+    base = ResNetForImageClassification(
+        ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], num_labels=3)
+    )
+    config = DLoRConfig(target_modules=["convolution"], modules_to_save=["classifier"], init_weights=False, r=2)
+    images = torch.randn(2, 3, 16, 16)
+    model = get_peft_model(copy.deepcopy(base), config).eval()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(images).logits, model(images).logits)
