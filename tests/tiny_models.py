@@ -120,6 +120,13 @@ def adapted(kind: str, form: str = "scaled", **changes: Any) -> PeftModel:
     return get_peft_model(model, config_of(kind, form, **changes)).eval()
 
 
+def small(form: str, **changes: Any) -> PeftModel:
+    """Two adapted layers, one wide and one tall."""
+    torch.manual_seed(2)
+    net = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 7))
+    return get_peft_model(net, config_of("llama", form, target_modules=["0", "2"], **changes))
+
+
 def add(model: PeftModel, name: str, kind: str, form: str, seed: int = 3, **changes: Any) -> None:
     torch.manual_seed(seed)
     model.add_adapter(name, config_of(kind, form, **changes))

@@ -4,7 +4,15 @@ import copy
 
 import pytest
 import torch
+from peft import get_peft_model
 from peft.utils import hotswap
+from tiny_models import build, config_of
+
+
+def make(form="scaled", seed=5, **changes):
+    model = build("llama")
+    torch.manual_seed(seed)
+    return get_peft_model(model, config_of("llama", form, **changes)).eval()
 
 
 def saved(model, path, **kwargs):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import get_peft_model
-from tiny_models import FEW_FORMS, adapted, adapter_parameters, add, config_of, distance, inputs, layers, logits
+from tiny_models import FEW_FORMS, adapted, adapter_parameters, add, config_of, distance, inputs, layers, logits, small
 from torch import nn
 from torch._dynamo.config import patch as dynamo_config
 from torch.utils.checkpoint import checkpoint
@@ -17,13 +17,6 @@ def fresh_dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def small(form, **changes):
-    """Two adapted layers, one wide and one tall."""
-    torch.manual_seed(2)
-    net = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 7))
-    return get_peft_model(net, config_of("llama", form, target_modules=["0", "2"], **changes))
 
 
 def compiled(function, **kwargs):

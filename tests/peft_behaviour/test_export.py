@@ -4,9 +4,7 @@ import io
 
 import pytest
 import torch
-from peft import get_peft_model
-from tiny_models import FORMS, adapted, adapter_parameters, config_of, distance, inputs, layers
-from torch import nn
+from tiny_models import FORMS, adapted, adapter_parameters, config_of, distance, inputs, layers, small
 from torch.export import Dim, export, load, save
 
 pytestmark = [
@@ -19,12 +17,6 @@ pytestmark = [
 ]
 few_forms = pytest.mark.parametrize("form", ["additive", "scaled-both", "multiplicative-output-3"])
 ROWS, TOKENS = Dim("rows", min=2, max=32), Dim("tokens", min=2, max=32)
-
-
-def small(form, **changes):
-    torch.manual_seed(2)
-    net = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 7))
-    return get_peft_model(net, config_of("llama", form, target_modules=["0", "2"], **changes)).eval()
 
 
 def exported(model, strict=False):
@@ -40,7 +32,7 @@ def libraries(program):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form(form):
-    model = small(form)
+    model = small(form).eval()
     program = exported(model)
     for shape in [(3, 5, 6), (8, 2, 6)]:
         x = torch.randn(shape)
@@ -51,14 +43,14 @@ def test_every_form(form):
 
 @few_forms
 def test_strict(form):
-    model = small(form)
+    model = small(form).eval()
     x = torch.randn(8, 2, 6)
     assert distance(exported(model, strict=True).module()(x), model(x)) < 1e-6
 
 
 @few_forms
 def test_the_program_trains(form):
-    model = small(form)
+    model = small(form).eval()
     program = exported(model).module()
     x = torch.randn(2, 4, 6)
     for one in (model, program):
@@ -71,7 +63,7 @@ def test_the_program_trains(form):
 @pytest.mark.parametrize("scale", [0.5, 0.0])
 @pytest.mark.parametrize("form", ["scaled-both", "multiplicative-output-3"])
 def test_the_scale_is_a_constant_of_the_program(form, scale):
-    model = small(form)
+    model = small(form).eval()
     for layer in layers(model).values():
         layer.set_scale("default", scale)
     x = torch.randn(2, 4, 6)

@@ -4,16 +4,10 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import hotswap
-from swapping import assert_refused_without_a_trace, swap
+from swapping import assert_refused_without_a_trace, make, swap
 from tiny_models import FORMS, adapter_parameters, build, config_of, distance, inputs, layers, logits
 from torch import nn
 from torch._dynamo.config import patch as dynamo_config
-
-
-def make(form="scaled", seed=5, **changes):
-    model = build("llama")
-    torch.manual_seed(seed)
-    return get_peft_model(model, config_of("llama", form, **changes)).eval()
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import hotswap
-from swapping import saved, swap
+from swapping import make, saved, swap
 from tiny_models import FORMS, adapter_parameters, build, config_of, distance, layers, logits
 from torch import nn
 
@@ -22,12 +22,6 @@ SWAPS = {
     "none in the other": ({"r": 2}, {"r": 0}),
     "fewer layers": ({"r": 2}, {"r": 4, "target_modules": ["q_proj"]}),
 }
-
-
-def make(form="scaled", seed=5, **changes):
-    model = build("llama")
-    torch.manual_seed(seed)
-    return get_peft_model(model, config_of("llama", form, **changes)).eval()
 
 
 def reloaded(model, path, **kwargs):
