@@ -55,7 +55,7 @@ class DLoRConfig(PeftConfig):
     side: str = "auto"
     """Side of the weight that the diagonal (scaled) or the factors (multiplicative) act on: "input", "output", or, for
     scaled, "both". "auto" takes the smaller of in_features and out_features layer by layer, the input where they are
-    equal. At a scale other than 1, "both" calls the frozen layer twice, and so 2^n times for n such adapters at once."""
+    equal. At a scale other than 1, "both" calls the frozen layer twice, and so 2^n times for n such adapters."""
 
     depth: int = 1
     """Number of stacked factors. More than 1 only in mode "multiplicative", where it changes the parametrisation, not
