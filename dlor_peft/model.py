@@ -95,7 +95,8 @@ class DLoRModel(TyingTuner, MergingTuner):
             if isinstance(module, DLoRLayer) and adapter_name in module.form
         ]
         adapted += self.targeted_parameter_names
-        if not config.inference_mode:
+        # the tensors say what is adapted, where they are given
+        if state_dict is None and not config.inference_mode:
             _warn_of_unmatched(asked, adapted)
         for field in ("rank_pattern", "depth_pattern"):
             unmatched = [

@@ -101,8 +101,9 @@ def test_a_small_update_is_not_lost_in_a_half_precision_diagonal():
     layer = next(iter(layers(model).values()))
     layer.dlor_U["default"].weight.data.zero_()
     layer.dlor_diag["default"].weight.data.fill_(1e-3)
-    delta = layer.get_delta_weight("default")
+    delta = layer.delta_matrix("default")
     assert delta.dtype == torch.float32
+    assert layer.get_delta_weight("default").dtype == torch.bfloat16
     assert distance(delta, 1e-3 * layer.get_base_layer().weight.float()) < 4e-3
 
 

@@ -30,13 +30,13 @@ def deltas(model, names):
 
 
 def check_sum(model, names=("default", "second"), weights=WEIGHTS, new="sum", tolerance=1e-5):
-    """The delta weight of `new` on every layer is the weighted sum of those of `names`."""
+    """The update of `new` on every layer, in float32 or wider, is the weighted sum of those of `names`."""
     for key, layer in layers(model).items():
-        parts = [w * layer.get_delta_weight(n) for n, w in zip(names, weights, strict=True) if n in layer.form]
+        parts = [w * layer.delta_matrix(n) for n, w in zip(names, weights, strict=True) if n in layer.form]
         if not parts:
             assert new not in layer.form, key
             continue
-        assert distance(layer.get_delta_weight(new), sum(parts)) < tolerance, key
+        assert distance(layer.delta_matrix(new), sum(parts)) < tolerance, key
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
