@@ -63,7 +63,7 @@ def without_autocast(device: str) -> AbstractContextManager:
 
 def _is_autocast(device: str) -> bool:
     # the meta device has none, and asking for it raises
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def update(
