@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -59,16 +60,18 @@ def _instead(module: nn.Module, name: str, weight: Tensor) -> Iterator[None]:
         finally:
             del steps[-1]
         return
-    # an attribute hides the parameter of that name; FSDP has one there itself while the module runs
-    hidden = module.__dict__.get(name)
-    module.__dict__[name] = weight
+    # an attribute hides the parameter, which FSDP and accelerate write when the module runs; but torch 2.11 traces no
+    # deletion of one
+    owner = module._parameters if torch.compiler.is_compiling() else module.__dict__
+    hidden = owner.get(name)
+    owner[name] = weight  # pyright: ignore[reportArgumentType]
     try:
         yield
     finally:
         if hidden is None:
-            del module.__dict__[name]
+            del owner[name]
         else:
-            module.__dict__[name] = hidden
+            owner[name] = hidden  # pyright: ignore[reportArgumentType]
 
 
 class _Constant(nn.Module):
