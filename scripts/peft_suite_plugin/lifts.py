@@ -71,12 +71,7 @@ def _skip(reason: str = "", **kwargs: Any) -> None:
 _MEANING_DLOR = {
     # the tolerance for merging into grouped convolutions
     "testing_common": ("LoHaConfig",),
-    "test_custom_models": (
-        # as above
-        "LoHaConfig",
-        # the learning rates for an update that multiplies the weight: larger ones end in nan
-        "PveraConfig",
-    ),
+    "test_custom_models": ("LoHaConfig",),
 }
 CONVERTED = ("LoKrConfig", "LoHaConfig", "C3AConfig")
 """The methods that tests of the conversion to LoRA start from."""

@@ -15,7 +15,7 @@ import datasets
 import pytest
 from torch import cuda
 
-from . import data, lifts, stand_in
+from . import data, lifts, rates, stand_in
 from .exceptions import otherwise
 from .expansions import plan_expanded
 from .plan import Plan, plan, rewrite
@@ -31,6 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", r"ignore:`\w*gradient_checkpointing\w*` is deprecated:FutureWarning")
     # before the suite's modules import the name
     datasets.load_dataset = data.load_dataset
+    rates.install()
     # of several processes the one that started the others reports
     report = None if hasattr(config, "workerinput") else config.getoption("dlor_report")
     config.pluginmanager.register(Suite(report), "dlor-suite")
@@ -80,7 +81,7 @@ class Suite:
     def pytest_runtest_protocol(self, item: Any) -> Iterator[None]:
         plan = self._plan(item)
         converting = lifts.conversion(item.module) if plan.converts else nullcontext()
-        with stand_in.running(plan.form, plan.reads_scale), converting:
+        with stand_in.running(plan.form, plan.reads_scale), converting, rates.running(item.name):
             return (yield)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
