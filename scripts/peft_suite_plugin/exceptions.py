@@ -4,7 +4,10 @@ _CASTING = "expects an error that needs factors which are modules and multiply t
 _FREE_RANK = "expects an error for a rank that the groups of a convolution do not divide; DLoR's rank is free"
 _DEAD = "expects a change, but the ReLU before the layer is zero on all that the added diagonal reads: no gradient"
 _NAMES = "cuts parameter names where LoKr's end"
+_MODULES = "looks into LoRA's layers: expects factors that are nn.Linear"
+_PARAMETERS = "looks into LoRA's layers: puts parameters among an adapter's modules"
 _RANDOM_START = "expects an adapter that takes the output as far as LoKr's random start"
+_SHAPES = "looks into LoRA's layers: reads the rank off shapes that in DLoR's are transposed and stacked"
 
 OTHERWISE = {
     "test_custom_models.py": {
@@ -19,6 +22,11 @@ OTHERWISE = {
         "test_error_raised_if_rank_not_divisible_by_groups": _FREE_RANK,
         "test_prepare_model_for_compiled_hotswap_conv2d_groups_rank_not_divisible_raises": _FREE_RANK,
         "test_prepare_model_for_compiled_hotswap_scalings_are_tensors": "LoRA swaps lora_alpha; DLoR's scale stays",
+        "test_prepare_model_for_compiled_hotswap_conv2d_groups_rank_padding_works": _SHAPES,
+        "test_prepare_model_for_compiled_hotswap_conv2d_rank_padding_works": _SHAPES,
+        "test_prepare_model_for_compiled_hotswap_rank_padding_works": _SHAPES,
+        "test_prepare_model_for_compiled_hotswap_same_rank_padding_works": _SHAPES,
+        "test_prepare_model_for_compiled_hotswap_with_rank_pattern": _SHAPES,
         "test_lora_with_bias_argument[invalid]": "expects an unknown bias to be accepted until a model is wrapped",
     },
     "test_integrations.py": {
@@ -31,9 +39,13 @@ OTHERWISE = {
         "test_targeted_modules_identical_target_modules_str": _NAMES,
     },
     "test_target_parameters.py": {
+        "test_target_parameters_works_with_existing_parametrization": "knows what lora_alpha / r makes of the output",
         "test_weighted_combination_of_adapters": "expects an error, but DLoR adds up adapters of parameters, too",
     },
     "test_tuners_utils.py": {
+        "test_add_second_adapter_with_all_linear_works": _MODULES,
+        "test_model_requires_grad_model_irregular": _PARAMETERS,
+        "test_requires_grad_irregular": _PARAMETERS,
         "test_transformers_model": "knows the number of parameters of the real OPT-125M",
     },
 }

@@ -6,12 +6,14 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import peft
 import pytest
+import torch
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from peft.tuners import lora
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, save_and_load
@@ -36,6 +38,10 @@ def _download(*args: Any, cache_dir: Any = None, **kwargs: Any) -> str:
     if cache_dir is not None:
         shutil.copytree(constants.HF_HUB_CACHE, cache_dir, symlinks=True, dirs_exist_ok=True)
     return hf_hub_download(*args, cache_dir=cache_dir, **kwargs)
+
+
+def _transposed(part: str, layer: DLoRLayer) -> dict[str, torch.Tensor]:
+    return {name: weight().T for name, weight in getattr(layer, part).items()}
 
 
 def _is_on_hub(repo_id: str, filename: str, revision: str | None = None, **kwargs: Any) -> bool:
@@ -84,6 +90,9 @@ def apply(module: ModuleType) -> None:
     save_and_load.check_file_exists_on_hf_hub = _is_on_hub
     # tests patch the mapping of the method that they test, which was copied from LoRA's
     DLoRModel.target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    # what `renaming` puts for LoRA's factors of embeddings
+    for part in "UV":
+        setattr(DLoRLayer, f"transposed_{part}", property(partial(_transposed, f"dlor_{part}")))
     package = module.__name__.rpartition(".")[0]
     shared = {value.__module__ for value in vars(module).values() if getattr(value, "__module__", None)}
     for name in shared | {module.__name__}:

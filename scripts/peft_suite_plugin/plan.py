@@ -31,10 +31,7 @@ _FILES_OF_LORA = re.compile(
 _PLACES = {"test_quantization": peft.OFTConfig}
 # where not those of most parametrisations: what is compiled takes long, and OFT adapts embeddings in this one only
 _FORMS = {"test_torch_compile": (cases.DEFAULT, "multiplicative"), "test_quantization": (*cases.FEW, "multiplicative")}
-_INSIDE_LORA = re.compile(
-    r"lora_(A|B|embedding_A|embedding_B|magnitude_vector|bias|alpha)|_LoraFactorsProxy|_register_custom_module"
-    r"|_restore_weights"
-)
+_INSIDE_LORA = re.compile(r"lora_(magnitude_vector|alpha)|_LoraFactorsProxy|_register_custom_module|_restore_weights")
 _CONVERSION = {"convert_to_lora", "save_as_lora", "supports_lora_conversion"}
 # the form with the same two tensors as LoRA, for tests that name them, or count parameters
 _TWO: dict[str, Any] = {"forms": ("no diagonal",), "form": cases.FORMS["no diagonal"]}
@@ -58,7 +55,7 @@ class Plan:
     """The form of the configs that the test makes itself."""
 
     renames: bool = False
-    """Whether LoRA's names in the test's strings become DLoR's."""
+    """Whether LoRA's names in the test's strings and attributes become DLoR's."""
 
     reads_scale: bool = False
     """Whether the test looks at the scale of a layer, which for LoRA is lora_alpha / r."""
@@ -94,8 +91,8 @@ def plan(test: Any, owner: type | None, module: ModuleType) -> Plan:
         return Plan(converts=True)
     if in_cells & ONLY_LORAS or any(cases.asks_only_lora(mark) for mark in marks):
         return Plan(left_out=ONLY_LORA)
-    names_them = any(map(names_factors, strings))
-    if any(map(_INSIDE_LORA.fullmatch, names)) or (names_them and "shape" in names):
+    names_them = any(map(names_factors, strings | names))
+    if any(map(_INSIDE_LORA.fullmatch, names)):
         return Plan(left_out=INSIDE_LORA)
     made = Plan(renames=True, reads_scale="scaling" in names, quantises="BitsAndBytesConfig" in names)
     return replace(made, **_TWO) if names_them or _COUNTS & names else made

@@ -19,7 +19,7 @@ from . import data, lifts, rates, stand_in
 from .exceptions import otherwise
 from .expansions import plan_expanded
 from .plan import Plan, plan, rewrite
-from .renaming import rename_strings
+from .renaming import rename_in
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -111,7 +111,7 @@ class Suite:
         if made.left_out is not None:
             self.left_out[module.__name__.rpartition(".")[2] + ".py"][made.left_out].append(name)
         elif made.renames:
-            rename_strings(test)
+            rename_in(test)
         return made.left_out is None
 
 
