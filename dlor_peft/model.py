@@ -16,6 +16,7 @@ from peft.utils import (
     get_quantization_kwargs,
 )
 from peft.utils.other import get_pattern_key
+from peft.utils.warning import PeftWarning
 from torch import Tensor, nn
 
 from .combine import add_weighted_adapter
@@ -242,7 +243,9 @@ class DLoRModel(TyingTuner, MergingTuner):
         # PEFT finds none in modules that FSDP wraps inside of others, whose tensors are named without the wrapper
         wrapped = [name.replace(_WRAPPER, "") for name in layers if _WRAPPER in name]
         factors = {f"{name}.{part}.{adapter_name}" for name in wrapped for part in DLoRLayer.adapter_layer_names}
-        return selected | {key: value for key, value in state_dict.items() if key.rpartition(".")[0] in factors}
+        selected |= {key: value for key, value in state_dict.items() if key.rpartition(".")[0] in factors}
+        _warn_of_shards(selected, adapter_name)
+        return selected
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # the base class hands the weight of the old module to a new one that wraps nothing: when an adapted module is
@@ -363,3 +366,21 @@ def _rank_and_depth(config: DLoRConfig, key: str, stored: Mapping[str, tuple[int
 
 def _do_nothing(module: nn.Module, args: tuple) -> None:
     pass
+
+
+def _warn_of_shards(state_dict: Mapping[str, Tensor], adapter_name: str) -> None:
+    """PeftWarning where a tensor that is to be saved is empty or flat, as PEFT warns for LoRA."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items() if ".dlor_" in key}
+    bad = [f"{key}:{shape}" for key, shape in shapes.items() if len(shape) < 2 or 0 in shape]
+    if bad:
+        more = f" (+{len(bad) - 3} more)" if len(bad) > 3 else ""
+        warnings.warn(
+            f"Adapter {adapter_name!r}: {len(bad)} DLoR tensor(s) have invalid shape: {', '.join(bad[:3])}{more}. A "
+            "1-D or zero-sized tensor indicates that DeepSpeed ZeRO-3 / FSDP shards were not gathered before "
+            "save_pretrained() and are therefore incomplete. Wrap the save in "
+            "deepspeed.zero.GatheredParameters([...], modifier_rank=None) for ZeRO-3, or "
+            "torch.distributed.fsdp.FullyShardedDataParallel.summon_full_params(model) for FSDP, before calling "
+            "save_pretrained().",
+            PeftWarning,
+            stacklevel=2,
+        )

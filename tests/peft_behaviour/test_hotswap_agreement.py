@@ -172,7 +172,7 @@ def test_a_damaged_file_changes_nothing(change, tmp_path):
     elif change in ("0-d", "depth 0"):
         tensors[diagonal] = torch.ones(()) if change == "0-d" else tensors[diagonal][:0]
     else:
-        part = {"no U": "dlor_U", "no V": "dlor_V"}.get(change, "dlor_diag")
+        part = {"without U": "dlor_U", "without V": "dlor_V"}.get(change, "dlor_diag")
         del tensors[key.replace("dlor_V", part)]
     save_file(tensors, file)
     assert_refused_without_a_trace(ValueError, "does not fit", make(seed=2), path)

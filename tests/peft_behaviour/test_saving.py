@@ -1,6 +1,7 @@
 """What is on disk, and every way of PEFT and transformers to load it again."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from peft.utils.warning import PeftWarning
 from safetensors.torch import load_file
 from tiny_models import FORMS, adapted, adapter_parameters, add, build, config_of, distance, inputs, layers, logits
 from transformers import AutoModelForCausalLM, ResNetConfig, ResNetForImageClassification
@@ -160,6 +162,17 @@ def test_weights_round_trip_through_the_state_dict(tmp_path):
     model.save_pretrained(tmp_path)
     set_peft_model_state_dict(other, load_peft_weights(tmp_path))
     assert torch.equal(logits(other, "llama"), logits(model, "llama"))
+
+
+@pytest.mark.parametrize("part", ["dlor_diag", "dlor_U", "dlor_V"])
+@pytest.mark.parametrize("shard", [torch.zeros(3), torch.zeros(0, 3)])
+def test_saving_a_shard_warns(part, shard, tmp_path):
+    model = adapted("llama")
+    name, layer = next(iter(layers(model).items()))
+    getattr(layer, part)["default"].weight.data = shard
+    with pytest.warns(PeftWarning, match=rf"1 DLoR tensor.*{re.escape(name)}\.{part}.*DeepSpeed ZeRO-3 / FSDP shards"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").exists()
 
 
 def test_a_checkpoint_of_another_rank_is_refused(tmp_path):
