@@ -6,7 +6,6 @@ _DEAD = "expects a change, but the ReLU before the layer is zero on all that the
 _NAMES = "cuts parameter names where LoKr's end"
 _MODULES = "looks into LoRA's layers: expects factors that are nn.Linear"
 _PARAMETERS = "looks into LoRA's layers: puts parameters among an adapter's modules"
-_RANDOM_START = "expects an adapter that takes the output as far as LoKr's random start"
 _SHAPES = "looks into LoRA's layers: reads the rank off shapes that in DLoR's are transposed and stacked"
 
 OTHERWISE = {
@@ -34,20 +33,18 @@ OTHERWISE = {
         "test_mixtral_v4_lora_weight_conversion_peft_model_load_adapter": "knows the logits of a real LoRA checkpoint",
     },
     "test_lora_conversion.py": {
-        "test_converted_lora_approximates_original_adapter": _RANDOM_START,
-        "test_converted_lora_with_multiple_adapters": _RANDOM_START,
+        "test_converted_lora_approximates_original_adapter": "holds 90% of the spectrum to the error that it has on LoKr",
         "test_targeted_modules_identical": _NAMES,
         "test_targeted_modules_identical_target_modules_str": _NAMES,
     },
     "test_target_parameters.py": {
         "test_target_parameters_works_with_existing_parametrization": "knows what lora_alpha / r makes of the output",
-        "test_weighted_combination_of_adapters": "expects an error, but DLoR adds up adapters of parameters, too",
     },
     "test_tuners_utils.py": {
         "test_add_second_adapter_with_all_linear_works": _MODULES,
         "test_model_requires_grad_model_irregular": _PARAMETERS,
         "test_requires_grad_irregular": _PARAMETERS,
-        "test_transformers_model": "knows the number of parameters of the real OPT-125M",
+        "test_transformers_model": "knows the number of parameters of the real GPT-2",
     },
 }
 """File -> test, or one of its items -> why it is left out."""

@@ -32,6 +32,8 @@ _PLACES = {"test_quantization": peft.OFTConfig}
 # where not those of most parametrisations: what is compiled takes long, and OFT adapts embeddings in this one only
 _FORMS = {"test_torch_compile": (cases.DEFAULT, "multiplicative"), "test_quantization": (*cases.FEW, "multiplicative")}
 _INSIDE_LORA = re.compile(r"lora_(magnitude_vector|alpha)|_LoraFactorsProxy|_register_custom_module|_restore_weights")
+# tables in which every registered method has its row
+_WALKS = re.compile(r"PEFT_TYPE_TO_\w+_MAPPING")
 _CONVERSION = {"convert_to_lora", "save_as_lora", "supports_lora_conversion"}
 # the form with the same two tensors as LoRA, for tests that name them, or count parameters
 _TWO: dict[str, Any] = {"forms": ("no diagonal",), "form": cases.FORMS["no diagonal"]}
@@ -75,7 +77,8 @@ def plan(test: Any, owner: type | None, module: ModuleType) -> Plan:
     shares = [cases.share(mark, place) for mark in marks]
     names, strings = words_of(test, owner, module)
     in_cells = {text for mark in marks for text in cases.strings(mark)}
-    by_name = "LoraConfig" in names or not ADAPTERS.keys().isdisjoint(strings | in_cells)
+    walks = any(map(_WALKS.fullmatch, names))
+    by_name = walks or "LoraConfig" in names or not ADAPTERS.keys().isdisjoint(strings | in_cells)
     if _CONVERSION & names and "some" not in shares:
         by_name = not names.isdisjoint(CONVERTED)
     if set(shares) <= {"none"} and not by_name:
@@ -84,8 +87,8 @@ def plan(test: Any, owner: type | None, module: ModuleType) -> Plan:
         return Plan(left_out=OF_LORA)
     if (why := otherwise(f"{file}.py", test.__name__)) is not None:
         return Plan(left_out=why)
+    forms = cases.SUMMABLE if "weighted_combination" in test.__name__ else _FORMS.get(file, cases.FEW)
     if "some" in shares:
-        forms = cases.SUMMABLE if "weighted_combination" in test.__name__ else _FORMS.get(file, cases.FEW)
         return Plan(place=place, forms=forms)
     if _CONVERSION & names:
         return Plan(converts=True)
@@ -94,7 +97,7 @@ def plan(test: Any, owner: type | None, module: ModuleType) -> Plan:
     names_them = any(map(names_factors, strings | names))
     if any(map(_INSIDE_LORA.fullmatch, names)):
         return Plan(left_out=INSIDE_LORA)
-    made = Plan(renames=True, reads_scale="scaling" in names, quantises="BitsAndBytesConfig" in names)
+    made = Plan(forms=forms, renames=True, reads_scale="scaling" in names, quantises="BitsAndBytesConfig" in names)
     return replace(made, **_TWO) if names_them or _COUNTS & names else made
 
 
