@@ -7,6 +7,7 @@ _NAMES = "cuts parameter names where LoKr's end"
 _MODULES = "looks into LoRA's layers: expects factors that are nn.Linear"
 _PARAMETERS = "looks into LoRA's layers: puts parameters among an adapter's modules"
 _SHAPES = "looks into LoRA's layers: reads the rank off shapes that in DLoR's are transposed and stacked"
+_SPECTRUM = "holds what 90% of the spectrum give to the error that they have with LoKr's"
 
 OTHERWISE = {
     "test_custom_models.py": {
@@ -33,7 +34,7 @@ OTHERWISE = {
         "test_mixtral_v4_lora_weight_conversion_peft_model_load_adapter": "knows the logits of a real LoRA checkpoint",
     },
     "test_lora_conversion.py": {
-        "test_converted_lora_approximates_original_adapter": "holds 90% of the spectrum to the error that it has on LoKr",
+        "test_converted_lora_approximates_original_adapter": _SPECTRUM,
         "test_targeted_modules_identical": _NAMES,
         "test_targeted_modules_identical_target_modules_str": _NAMES,
     },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import unittest
 from collections import defaultdict
@@ -46,6 +47,7 @@ class Suite:
         self.plans: dict[tuple[ModuleType, type | None, str], Plan] = {}
         self.left_out: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         self.outcomes: dict[str, dict[str, str]] = {}
+        self.at_collection: dict[str, dict[str, list[str]]] = {}
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_pycollect_makeitem(self, collector: Any, name: str, obj: Any) -> list | None:
@@ -77,6 +79,9 @@ class Suite:
             if item.get_closest_marker("single_gpu_tests") and self._plan(item).quantises and not cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="quantises a tiny model, which needs a GPU"))
 
+    def pytest_collection_finish(self) -> None:
+        self.at_collection = copy.deepcopy(self.left_out)
+
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: Any) -> Iterator[None]:
         plan = self._plan(item)
@@ -98,7 +103,18 @@ class Suite:
         if report.failed or report.skipped:
             self.outcomes[report.nodeid] = {"outcome": report.outcome, "detail": _detail(report)}
 
-    def pytest_sessionfinish(self) -> None:
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        # of several processes each collects all, but the one that reports
+        self.at_collection = getattr(node, "workeroutput", {}).get("left_out", self.at_collection)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["left_out"] = {file: dict(why) for file, why in self.at_collection.items()}
+        elif not self.plans:
+            for file, reasons in self.at_collection.items():
+                for why, tests in reasons.items():
+                    self.left_out[file][why] += tests
         if self.report is not None:
             self.report.write_text(json.dumps({"outcomes": self.outcomes, "left_out": self.left_out}, indent=1))
 

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from tiny_models import FEW_FORMS, FORMS, adapted, adapter_parameters, build, inputs, layers, logits
+from peft import get_peft_model
+from tiny_models import FEW_FORMS, FORMS, adapted, adapter_parameters, build, config_of, inputs, layers, logits
+from torch import nn
 
 COMPILED = [
     "additive",
@@ -121,3 +123,22 @@ def test_a_few_steps_learn_and_leave_the_base(form):
     base = build("llama").state_dict()
     for name, value in model.unload().state_dict().items():
         assert torch.equal(value, base[name]), name
+
+
+@pytest.mark.parametrize("bias", ["all", "dlor_only"])
+def test_disabling_with_trained_biases_warns(bias):
+    with (
+        pytest.warns(UserWarning, match="Careful, disabling adapter layers with bias"),
+        biased(bias).disable_adapter(),
+    ):
+        pass
+
+
+def test_disabling_without_trained_biases_does_not_warn(recwarn):
+    with biased("none").disable_adapter():
+        pass
+    assert not recwarn.list
+
+
+def biased(bias):
+    return get_peft_model(nn.Sequential(nn.Linear(3, 4)), config_of("llama", target_modules=["0"], bias=bias))
