@@ -32,12 +32,12 @@ class MergingTuner(BaseTuner):
         layers = {name: module for name, module in self.model.named_modules() if isinstance(module, DLoRLayer)}
         names = {key: layer.to_merge(adapter_names) for key, layer in layers.items()}
         _check_shared(layers, names)
-        for key, layer in layers.items():
-            if names[key]:
-                with onload_layer(layer):
-                    layer.check_mergeable()
-                    if safe_merge:
-                        layer.check_finite(names[key])
+        merged = [layer for key, layer in layers.items() if names[key]]
+        for layer in merged:
+            layer.check_mergeable()
+        for layer in merged if safe_merge else ():
+            with onload_layer(layer):
+                layer.check_finite(layer.to_merge(adapter_names))
 
 
 def _check_shared(layers: dict[str, DLoRLayer], names: dict[str, list[str]]) -> None:
