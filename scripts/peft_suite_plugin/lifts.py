@@ -102,7 +102,7 @@ def apply(module: ModuleType) -> None:
     DLoRModel.target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     # what `renaming` puts for LoRA's factors of embeddings
     for part in "UV":
-        setattr(DLoRLayer, f"transposed_{part}", property(partial(_transposed, f"dlor_{part}")))
+        setattr(DLoRLayer, f"_transposed_{part}", property(partial(_transposed, f"dlor_{part}")))
     package = module.__name__.rpartition(".")[0]
     shared = {value.__module__ for value in vars(module).values() if getattr(value, "__module__", None)}
     for name in shared | {module.__name__}:

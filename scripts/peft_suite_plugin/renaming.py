@@ -27,7 +27,7 @@ _FACTORS = re.compile(r"\blora_(?:embedding_)?([AB])\b")
 _FACTOR_NAMES = {"A": "dlor_V", "B": "dlor_U"}
 _OTHER_WAY = {"A": "dlor_U", "B": "dlor_V"}
 # parameters themselves, which the other way round are as large as DLoR's
-_EMBEDDING_ATTRIBUTES = {"lora_embedding_A": "transposed_V", "lora_embedding_B": "transposed_U"}
+_EMBEDDING_ATTRIBUTES = {"lora_embedding_A": "_transposed_V", "lora_embedding_B": "_transposed_U"}
 # a parameter itself, where DLoR has a module with a weight
 _EMBEDDING_FACTOR = re.compile(r"\blora_embedding_([AB])\.(\w+)$")
 _CLASS_PATH = re.compile(r"\bpeft\.tuners\.lora\.layer\.(\w+)")
