@@ -18,5 +18,5 @@ pyright
 lint-imports --no-logo
 pytest --quiet --numprocesses logical "$@"
 if [[ $# -eq 0 ]]; then
-    python scripts/peft_suite.py --numprocesses logical
+    python scripts/peft_suite.py
 fi
