@@ -8,6 +8,7 @@ from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from torch import nn
 
 from .layers import DLoRLayer
+from .layers.weight import to_merge
 
 
 class MergingTuner(BaseTuner):
@@ -30,14 +31,14 @@ class MergingTuner(BaseTuner):
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         layers = {name: module for name, module in self.model.named_modules() if isinstance(module, DLoRLayer)}
-        names = {key: layer.to_merge(adapter_names) for key, layer in layers.items()}
+        names = {key: to_merge(layer, adapter_names) for key, layer in layers.items()}
         _check_shared(layers, names)
-        merged = [layer for key, layer in layers.items() if names[key]]
-        for layer in merged:
+        merged = [(layer, names[key]) for key, layer in layers.items() if names[key]]
+        for layer, _ in merged:
             layer.check_mergeable()
-        for layer in merged if safe_merge else ():
+        for layer, adapters in merged if safe_merge else ():
             with onload_layer(layer):
-                layer.check_finite(layer.to_merge(adapter_names))
+                layer.check_finite(adapters)
 
 
 def _check_shared(layers: dict[str, DLoRLayer], names: dict[str, list[str]]) -> None:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from .config import DLoRConfig
 from .layers import DLoRLayer
+from .layers.weight import to_merge
 
 
 def _prepare_model(self: BaseTuner, peft_config: PeftConfig, model: nn.Module) -> None:
@@ -98,7 +99,7 @@ def _merge(self: BaseTuner, adapter_names: list[str] | None, safe_merge: bool) -
     self._check_merge_allowed()
     layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:
-        if isinstance(layer, DLoRLayer) and _to_merge(layer, adapter_names):
+        if isinstance(layer, DLoRLayer) and to_merge(layer, adapter_names):
             layer.check_mergeable()
     before = {layer: list(layer.merged_adapters) for layer in layers}
     try:
@@ -122,12 +123,6 @@ def _take_back(before: dict[BaseTunerLayer, list[str]]) -> None:
                 layer.merge(adapter_names=before[layer])
 
 
-def _to_merge(layer: BaseTunerLayer, adapter_names: list[str] | None) -> list[str]:
-    names = layer.active_adapters if adapter_names is None else adapter_names
-    there = layer._get_available_adapters()
-    return [name for name in names if name in there and name not in layer.merged_adapters]
-
-
 def _check_order(model: nn.Module, adapter_names: list[str] | None) -> None:
     """ValueError where nested layers, DLoR among them, would be merged in another order than from the inside."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -138,7 +133,7 @@ def _check_order(model: nn.Module, adapter_names: list[str] | None) -> None:
             continue
         unmerged: list[str] = []
         for depth, layer in reversed(list(enumerate(chain))):
-            new = _to_merge(layer, adapter_names)
+            new = to_merge(layer, adapter_names)
             merged = [name for outer in chain[:depth] for name in outer.merged_adapters]
             if new and (unmerged or merged):
                 before, after = (unmerged, new) if unmerged else (new, merged)
@@ -146,7 +141,7 @@ def _check_order(model: nn.Module, adapter_names: list[str] | None) -> None:
                     f"dlor_peft.mixing: {', '.join(before)} must be merged before {', '.join(after)}, as the forward "
                     "pass applies them. Unmerge all, and merge them in one call."
                 )
-            unmerged += [name for name in _to_merge(layer, None) if name not in new]
+            unmerged += [name for name in to_merge(layer, None) if name not in new]
 
 
 def _chain(module: Any) -> list[BaseTunerLayer]:

@@ -80,9 +80,9 @@ def update(
     there is no low-rank part (O = I then). q multiplies the leading min(I, O) features. `acc is x` is the
     multiplicative form, whose input gradient is the same operation with U and V swapped.
 
-    dtype: that of acc; x and the factors are cast to it, so that factors kept in float32
-    over a bfloat16 base cost no copy of x. Under autocast acc = x takes the autocast dtype first. Gradients come in
-    the dtype of their tensor, products accumulate in float32 for the half-precision types.
+    dtype: that of acc; x and the factors are cast to it, so that factors kept in float32 over a bfloat16 base cost no
+    copy of x. Under autocast acc = x takes the autocast dtype first. Gradients come in the dtype of their tensor,
+    products accumulate in float32 for the half-precision types.
 
     Memory: x and x V are kept for the backward pass, nothing else of the size of x. No input is written to, the result
     is new. Second derivatives raise.

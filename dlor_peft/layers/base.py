@@ -107,7 +107,7 @@ class DLoRLayer(WeightLayer):
                 form = form.transpose()
             factors = {name: getattr(tied_to, name)[adapter_name] for name in form.shapes}
             self.tied_to[adapter_name] = tied_to
-            self.shares_weight[adapter_name] = self._weight_owner is not self
+            self.shares_weight[adapter_name] = self.is_tied
         self.r[adapter_name], self.form[adapter_name], self.scaling[adapter_name] = form.r, form, 1.0
         self.dlor_dropout[adapter_name] = nn.Dropout(config.dlor_dropout) if config.dlor_dropout else nn.Identity()
         for name in self.adapter_layer_names:
@@ -199,7 +199,7 @@ class DLoRLayer(WeightLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        if self.shares_weight.get(adapter_name) and self._weight_owner is self:
+        if self.shares_weight.get(adapter_name) and not self.is_tied:
             # PEFT saves embeddings too and, with low_cpu_mem_usage, assigns what it loads: to each tied layer its own
             self.get_base_layer().weight = self.tied_to[adapter_name].get_base_layer().weight
 

@@ -7,7 +7,7 @@ term gives each token a row of V (num_embeddings, r).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,17 +61,10 @@ class Embedding(ActivationLayer):
         return _Tokens(x, dropout(torch.ones(*x.shape, 1, device=x.device)) if active else None)
 
     @staticmethod
-    def _mix(
-        acc: Tensor,
-        x: Tensor,
-        q: Tensor | None,
-        U: Tensor | None = None,
-        V: Tensor | None = None,
-        scale: float = 1.0,
-    ) -> Tensor:
+    def _mix(acc: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # autocast leaves the dtype of what is looked up, on which that of all that follows depends
-        with without_autocast(x.device.type):
-            return update(acc, x, q, U, V, scale)
+        with without_autocast(acc.device.type):
+            return update(acc, *args, **kwargs)
 
     def _term(
         self,

@@ -54,12 +54,11 @@ class WeightLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: the merged weight is not finite (safe_merge), or the quantised weight cannot be written.
         """
-        owner = self._weight_owner
-        if owner is not self:
-            names = self.to_merge(adapter_names)
+        if self.is_tied:
+            names = to_merge(self, adapter_names)
             self._check_tied(names)
             if names:
-                owner.merge(safe_merge, names)
+                self._weight_owner.merge(safe_merge, names)
             return
         adapter_names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.form]
         if not adapter_names:
@@ -80,11 +79,6 @@ class WeightLayer(nn.Module, BaseTunerLayer):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         return self._as_stored(W).to(stored.dtype).contiguous()
 
-    def to_merge(self, adapter_names: list[str] | None) -> list[str]:
-        """The adapters that `merge` would merge now: of those that are named, or active, those that are here."""
-        names = self.active_adapters if adapter_names is None else adapter_names
-        return [name for name in names if name in self.form and name not in self.merged_adapters]
-
     @torch.no_grad()
     def check_finite(self, adapter_names: list[str]) -> None:
         """ValueError where `merge` with `safe_merge` would raise it for a weight that is not finite."""
@@ -98,7 +92,7 @@ class WeightLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def unmerge(self) -> None:
         """W <- the weight before the first merge, bit for bit."""
-        if self._weight_owner is not self:
+        if self.is_tied:
             if self.merged:
                 self._weight_owner.unmerge()
             return
@@ -117,7 +111,7 @@ class WeightLayer(nn.Module, BaseTunerLayer):
     def check_mergeable(self) -> None:
         """ValueError where the base weight cannot be written: by its quantisation backend, or because it is computed
         or sharded, or because layers share it that do not share the adapter."""
-        if self._weight_owner is not self:
+        if self.is_tied:
             self._check_tied([name for name in self.active_adapters if name in self.form])
         backend = self.quantization_backend
         base_layer = self.get_base_layer()
@@ -228,3 +222,10 @@ class WeightLayer(nn.Module, BaseTunerLayer):
                 f"dlor_peft.layers: {', '.join(untied)} adapts one of the layers that share a weight, and merging "
                 "would change the others. Train it with ensure_weight_tying=True, or untie the layers first."
             )
+
+
+def to_merge(layer: BaseTunerLayer, adapter_names: list[str] | None) -> list[str]:
+    """The adapters that a layer of any method would merge now: of those that are named, or active, those it has."""
+    names = layer.active_adapters if adapter_names is None else adapter_names
+    there = layer._get_available_adapters()
+    return [name for name in names if name in there and name not in layer.merged_adapters]
