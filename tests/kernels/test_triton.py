@@ -4,6 +4,7 @@ import importlib
 import itertools
 import sys
 from math import nan
+from pathlib import Path
 from random import Random
 from types import ModuleType
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dlor_peft.kernels import launch
-from dlor_peft.kernels.launch import Config
+from dlor_peft.kernels.launch import Config, Key
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -344,3 +345,44 @@ def test_chunks_cover_all_tokens(T, width):
     assert chunk % launch.CHUNK == 0
     assert (number - 1) * chunk < T <= number * chunk
     assert launch.chunks(0, width)[1] == 0
+
+
+@pytest.fixture
+def sweep(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
+    module = importlib.import_module("sweep_launch")
+    monkeypatch.setattr(module, "ops", ops)
+    return module
+
+
+def test_the_sweep_prints_the_table_as_it_stands(sweep):
+    assert sweep.source(launch.TABLE) in Path(launch.__file__).read_text(encoding="utf-8")
+    entries = {kernel: sweep.merged(entries, {}) for kernel, entries in launch.TABLE.items()}
+    assert entries == launch.TABLE
+
+
+def test_the_sweep_takes_the_fastest_and_a_narrow_entry_only_where_it_is_faster(sweep, monkeypatch):
+    narrow, other = Config(16, 32, 4, 2), Config(32, 16, 4, 2)
+    costs = {
+        BLOCKS: {17: 1.0, 24: 1.0},
+        narrow: {17: 0.9, 24: 2.0},
+        other: {17: 0.99, 24: 3.0},
+        None: {17: 4.0, 24: 4.0},
+    }
+    monkeypatch.setattr(sweep, "TOKENS", 7)
+    monkeypatch.setattr(sweep, "WIDTHS", {2048: (17,), None: (24,)})
+    assert None in sweep.candidates("mul")
+    monkeypatch.setattr(sweep, "candidates", lambda kernel: costs)
+
+    def timer(run):
+        out, _ = run()
+        return costs[launch.choose("mul", None, 2, 16, 1)][out.shape[1]]
+
+    found = sweep.entries((9, 0), "mul", Draw(torch.bfloat16), 2, timer)
+    assert list(found.items()) == [
+        (Key((9, 0), 2, rank, width), config)
+        for rank in (16, 64)
+        for width, config in ((2048, narrow), (None, BLOCKS))
+    ]
+    del costs[narrow]
+    assert set(sweep.entries((9, 0), "mul", Draw(torch.bfloat16), 2, timer).values()) == {BLOCKS}
