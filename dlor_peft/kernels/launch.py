@@ -5,8 +5,8 @@ Every kernel is bound by memory. With e bytes an element it moves, where C = `ch
     down      e T (I + r), and with q another e T I
     expand    e T (O + r), and another e T O for acc, e T m for an x that is not acc
     mul       e T (I + O + r), and another e T O for an acc that is not x; x is read twice, from L2 the second time
-    bwd_rows  e T (O + 2 r), and e T O each with q and for y; partial sums, written and read: 8 r (T O / B + C O)
-    bwd_cols  e T (2 I + r), and e T I for acc, e T m for a g that is not acc; partial sums: 8 C (I r + m)
+    bwd_rows  e T (O + 2 r), and e T O each with q and for y; partial sums, written and read: 8 r O (T / B + C)
+    bwd_cols  e T (2 I + r), and e T I for acc, e T m for a g that is not acc; partial sums: 8 C (r I + m)
 
 A factor is read once a block of tokens, from L2: r / `Config.tokens` of the bytes of the operand that it meets. There
 are partial sums of h for every block of columns, so that bwd_rows takes wide blocks where there is shared memory for
@@ -16,7 +16,8 @@ mul has no entry where the factors would outweigh a second read of x.
 The entries for compute capability 9.0 come from these numbers, for 8192 tokens, widths from 1024 to 14336 and ranks 16
 and 64, and from what the compiler reports of them (`scripts/kernel_resources.py`: no spills, and how many programs fit
 a multiprocessor). They have not been timed on a GPU yet: `scripts/sweep_launch.py` does that, and prints the table
-anew. Other GPUs get what fits 48 KiB of shared memory.
+anew. Other GPUs get what fits 48 KiB of shared memory. Widths that are no multiple of 16 are read
+element by element.
 """
 
 from collections.abc import Iterator

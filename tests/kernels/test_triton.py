@@ -296,7 +296,7 @@ def test_offsets_beyond_32_bits():
     x = memory.as_strided((2, 64), (2**31, 1)).normal_()
     V = Draw(torch.bfloat16)(64, 8)
     check(ops.down(x, V)[0], x.double() @ V.double(), torch.bfloat16)
-    check(ops.down(x.T[:, :1].T, V)[0], x[:1].double() @ V.double(), torch.bfloat16)
+    check(ops.down(x.T, V[:2])[0], x.T.double() @ V[:2].double(), torch.bfloat16)
     check(ops.expand(V[:2], V, x), dense(x, None, None, V[:2], V), torch.bfloat16)
 
 
