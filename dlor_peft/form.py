@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from .config import DLoRConfig
-from .kernels import update, without_autocast
-from .maths import apply, collapse
+from .kernels import collapse_stack, linear, update, without_autocast
+from .maths import apply
 
 Map = Callable[[Any], Tensor]
 
@@ -39,8 +39,8 @@ class Update(Protocol):
 class Residual(NamedTuple):
     """diag(q) + U V^T: what is added to the weight, or to the identity that scales or multiplies it.
 
-    A stack is collapsed to one. Side "both" has a second diagonal, on the input. A part that is switched off is None
-    (diagonals) or has no columns (U, V).
+    A stack is collapsed to one; where it is not, L is the first dimension of all. Side "both" has a second diagonal,
+    on the input. A part that is switched off is None (diagonals) or has no columns (U, V).
     """
 
     q: Tensor | None  # (d,) or (1,)
@@ -133,10 +133,16 @@ class Form:
             transposed=not self.transposed,
         )
 
-    def residual(self, tensors: dict[str, Tensor]) -> Residual:
-        """What the stored tensors amount to, differentiable; a stack is collapsed, in float32 or wider."""
+    def residual(self, tensors: dict[str, Tensor], collapsed: bool = True) -> Residual:
+        """What the stored tensors amount to, differentiable; a stack is collapsed, in float32 or wider.
+
+        Or, for `update`, the stack as it is, its q, U and V with the depth in front: where it is not `collapsed`.
+        """
         if self.transposed:
-            q, U, V, q_in = self.transpose().residual(tensors)
+            q, U, V, q_in = self.transpose().residual(tensors, collapsed)
+            if self.depth > 1 and not collapsed:
+                # the transposed factors multiply in the other order
+                return Residual(None if q is None else q.flip(0), V.flip(0), U.flip(0))
             return Residual(q, V, U) if q_in is None else Residual(q_in, V, U, q)
         some = next(iter(tensors.values()))
         delta, delta_in = tensors.get("dlor_diag"), tensors.get("dlor_diag_in")
@@ -146,15 +152,10 @@ class Form:
         V = tensors.get("dlor_V", some.new_empty(self.depth, *experts, q, 0))
         if self.depth == 1:
             return Residual(None if delta is None else delta[0], U[0], V[0], None if delta_in is None else delta_in[0])
-        dtype = torch.promote_types(some.dtype, torch.float32)
-        delta = some.new_zeros(self.depth, *experts, 1, dtype=dtype) if delta is None else delta.to(dtype)
+        if not collapsed:
+            return Residual(delta, U, V)
         with without_autocast(some.device.type):
-            _, U, V = collapse(1 + delta, U.to(dtype), V.to(dtype))
-        # the product of the 1 + delta_k, less 1: formed without the 1, in which a small delta would round away
-        q = delta[0]
-        for step in delta[1:]:
-            q = q + step + q * step
-        return Residual(None if self.diagonal == "none" else q, U, V)
+            return Residual(*collapse_stack(delta, U, V))
 
     @property
     def acts_on_output(self) -> bool:
@@ -217,6 +218,19 @@ class Form:
             return frozen + scale * (adapted - frozen)
         entered, dropped = self.enter(residual, x, scale, dropout, mix)
         return self.leave(residual, base(entered), dropped, scale, dropout, mix, term, bias)
+
+    def is_one_product(self, scale: float) -> bool:
+        """Whether `forward_linear` knows the form: one frozen product between diagonals, plus the low-rank term."""
+        return self.mode != "multiplicative" and not self.calls_twice(scale)
+
+    def forward_linear(self, residual: Residual, x: Tensor, W: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        """`forward` without dropout where base(x) is x W^T + bias and nothing else: one operation."""
+        q, U, V, q_in = residual
+        if self.mode == "additive":
+            return linear(x, W, bias, q_add=q, U=U, V=V, scale=scale)
+        if self.side == "input":
+            q, q_in = None, q
+        return linear(x, W, bias, q_in=q_in, q_out=q, U=U, V=V, scale=scale)
 
     def calls_twice(self, scale: float) -> bool:
         """Whether `forward` calls the frozen layer twice: W' of side "both" is no W scaled once where s is not 1."""

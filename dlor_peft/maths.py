@@ -10,6 +10,8 @@ No function changes its arguments, and all are differentiable. Functions that so
 float64 only. Source: arXiv 2605.05659 for the form diag(d) + U V^T.
 """
 
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,15 +40,16 @@ def collapse(d: Tensor, U: Tensor, V: Tensor) -> DLoR:
 
     Stacks d (L, n) or (L, 1), U and V (L, n, r), L >= 1, give d' (n,) or (1,), U' and V' (n, L r), with the columns
     of F_1 first. Dimensions after L, the same in all three, are a batch of stacks. O(n (L r)^2), in the dtype given.
-    L = 1 returns views of the one factor. One step is
-    (D2 + U2 V2^T)(D1 + U1 V1^T) = D2 D1 + [D2 U1, U2] [V1, D1 V2 + V1 (U1^T V2)]^T.
+    L = 1 returns views of the one factor.
     """
-    d1, U1, V1 = d[0], U[0], V[0]
-    for d2, U2, V2 in zip(d[1:], U[1:], V[1:], strict=True):
-        V1 = torch.cat([V1, d1.unsqueeze(-1) * V2 + V1 @ (U1.mT @ V2)], dim=-1)
-        U1 = torch.cat([d2.unsqueeze(-1) * U1, U2], dim=-1)
-        d1 = d2 * d1
-    return d1, U1, V1
+    return reduce(compose, zip(d, U, V, strict=True))
+
+
+def compose(first: DLoR, second: DLoR) -> DLoR:
+    """(D2 + U2 V2^T)(D1 + U1 V1^T) = D2 D1 + [D2 U1, U2] [V1, D1 V2 + V1 (U1^T V2)]^T, both square."""
+    (d1, U1, V1), (d2, U2, V2) = first, second
+    V = torch.cat([V1, d1.unsqueeze(-1) * V2 + V1 @ (U1.mT @ V2)], dim=-1)
+    return d2 * d1, torch.cat([d2.unsqueeze(-1) * U1, U2], dim=-1), V
 
 
 def inverse(d: Tensor, U: Tensor, V: Tensor) -> DLoR:

@@ -1,48 +1,95 @@
-"""The primitive under every mode, and its gradients, in plain PyTorch.
+"""The five operations of which both Functions are made, in plain PyTorch: the truth for every other implementation.
 
-T tokens, I width of x, O width of the result, r rank, m = min(I, O)
-acc (T, O)  x (T, I)  q (m,) or (1,) or None  U (O, r)  V (I, r); all of one dtype.
-Products accumulate in float32 for the half-precision types (torch.matmul), sums over tokens likewise.
+T tokens, I and O widths of input and output, r rank, m = min(I, O)
+x (T, I)  g, y (T, O)  U (O, r)  V (I, r)  t = x V (T, r)  h = g U (T, r)  q (m,) or (1,)  bias (O,)
+All of one dtype. Products and sums are taken in float32 or wider, and rounded once.
+Gradients of U, V and q stay in that wider dtype.
 """
 
 import torch
 from torch import Tensor
 
 
-def update(acc: Tensor | None, x: Tensor, q: Tensor | None, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-    """acc + q * x + (x V) U^T, and x V, both newly allocated; acc None stands for zeros."""
-    width = U.shape[0]
-    m = min(x.shape[1], width)
-    t_TR = x @ V
-    if not U.shape[1]:
-        acc = x.new_zeros(()).expand(x.shape[0], width) if acc is None else acc
-        if q is None:
-            # torch.export cannot keep the strides of a view of dynamic shape
-            return acc.clone(memory_format=torch.contiguous_format), t_TR
-        out_TO = torch.addcmul(acc[:, :m], q, x[:, :m])
-        return out_TO if m == width else torch.cat([out_TO, acc[:, m:]], dim=1), t_TR
-    out_TO = t_TR @ U.T if acc is None else torch.addmm(acc, t_TR, U.T)
+def down(x: Tensor, V: Tensor, q: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x V, and x + q * x, which is x itself where q is None."""
+    x_TI = _wide(x)
+    t_TR = (x_TI @ _wide(V)).to(x.dtype)
+    return t_TR, x if q is None else (x_TI + _wide(q) * x_TI).to(x.dtype)
+
+
+def expand(
+    t: Tensor,
+    U: Tensor,
+    acc: Tensor | None = None,
+    x: Tensor | None = None,
+    q: Tensor | None = None,
+    bias: Tensor | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """acc + q * x + t U^T + bias, without what is None; x may be acc; written to acc where `inplace`, else new.
+
+    Where the widths of x and of the result differ, q multiplies the leading columns of both.
+    """
+    out_TO = _wide(t) @ _wide(U).T
+    if acc is not None:
+        out_TO = out_TO + _wide(acc)
     if q is not None:
-        out_TO[:, :m].addcmul_(q, x[:, :m])
-    return out_TO, t_TR
+        assert x is not None
+        m = min(x.shape[1], U.shape[0])
+        out_TO[:, :m] += _wide(q) * _wide(x)[:, :m]
+    if bias is not None:
+        out_TO = out_TO + _wide(bias)
+    return acc.copy_(out_TO) if inplace and acc is not None else out_TO.to(t.dtype)
 
 
-def grad_q(g: Tensor, x: Tensor, q: Tensor) -> Tensor:
-    """sum_t g * x over the leading m columns, (m,); summed to (1,) for a scalar q. float32 or wider."""
-    m = min(g.shape[1], x.shape[1])
-    dtype = torch.promote_types(g.dtype, torch.float32)
-    # the product of two float16 numbers may be none
-    g = g.to(dtype) if g.dtype == torch.float16 else g
-    # not einsum: the product and its sum in two steps are 60 to 120 times faster on a CPU
-    columns = (g[:, :m] * x[:, :m]).sum(0, dtype=dtype)
-    return columns if q.numel() == m else columns.sum(0, keepdim=True)
+def mul(acc: Tensor | None, x: Tensor, q: Tensor | None, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """acc + q * x + (x V) U^T, and x V: `down` and `expand` of one token after the other."""
+    t_TR, _ = down(x, V)
+    return expand(t_TR, U, acc, x, q), t_TR
 
 
-def grad_U(g: Tensor, t: Tensor) -> Tensor:
-    """g^T t, (O, r), t = x V."""
-    return g.T @ t
+def bwd_rows(
+    g: Tensor, U: Tensor, t: Tensor | None = None, q: Tensor | None = None, y: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """h = g U, dU = g^T t, g + q * g, and sum_t g * y: what the gradient g of the output gives by itself.
+
+    Without t no dU, without q the third is g itself, without y there is no sum; summed to (1,) for a scalar q.
+    """
+    g_TO = _wide(g)
+    dU_OR = None if t is None else g_TO.T @ _wide(t)
+    scaled = g if q is None else (g_TO + _wide(q) * g_TO).to(g.dtype)
+    dq = None if y is None or q is None else _as_q((g_TO * _wide(y)).sum(0), q)
+    return (g_TO @ _wide(U)).to(g.dtype), dU_OR, scaled, dq
 
 
-def grad_V(x: Tensor, gU: Tensor) -> Tensor:
-    """x^T (g U), (I, r)."""
-    return x.T @ gU
+def bwd_cols(
+    acc: Tensor | None,
+    g: Tensor | None,
+    h: Tensor,
+    V: Tensor,
+    x: Tensor | None = None,
+    q: Tensor | None = None,
+    inplace: bool = False,
+    needs_dx: bool = True,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx = acc + q * g + h V^T, dV = x^T h, and dq = sum_t g * x: what is found column by column of the input.
+
+    g may be acc, and needs q. Without x neither dV nor dq; `inplace` writes dx to acc.
+    """
+    dV_IR = dq = None
+    if x is not None:
+        dV_IR = _wide(x).T @ _wide(h)
+        if q is not None:
+            assert g is not None
+            m = min(x.shape[1], g.shape[1])
+            dq = _as_q((_wide(g)[:, :m] * _wide(x)[:, :m]).sum(0), q)
+    dx = expand(h, V, acc, g, q, inplace=inplace) if needs_dx else None
+    return dx, dV_IR, dq
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _as_q(columns: Tensor, q: Tensor) -> Tensor:
+    return columns if q.numel() == columns.numel() else columns.sum(0, keepdim=True)

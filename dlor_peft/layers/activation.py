@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..form import Map
-from ..kernels import update
+from ..kernels import is_autocast, update
 from .base import DLoRLayer
-from .placement import fetch
+from .placement import fetch, is_fsdp_managed
 
 
 class ActivationLayer(DLoRLayer):
@@ -24,6 +25,10 @@ class ActivationLayer(DLoRLayer):
     # what calling such a base layer does is known: apply the weight, add the bias
     plain_types: tuple[type[nn.Module], ...] = ()
 
+    def explain(self) -> str:
+        """How the layer runs, and why."""
+        return f"{type(self).__name__}: the base layer is called, and updated around that"
+
     def _adapted_forward(self, x: Tensor, adapter_names: list[str], args: tuple, kwargs: dict[str, Any]) -> Tensor:
         if x.is_nested:
             # nn.TransformerEncoder makes one of a padded batch
@@ -32,7 +37,7 @@ class ActivationLayer(DLoRLayer):
         inner, last = self._biases(x, adapter_names, plain_call=not (args or kwargs))
         base: Map = partial(self._base, without_bias=last is not None, args=args, kwargs=kwargs)
         for name in adapter_names:
-            forward, residual = self.form[name].forward, self.residual(name)
+            forward, residual = self.form[name].forward, self._residual_to_apply(name)
             base = partial(forward, residual, base=base, term=self._term, bias=inner, **self._means(name))
         y = base(x)
         return y if last is None else y + last.to(y.dtype)
@@ -46,7 +51,7 @@ class ActivationLayer(DLoRLayer):
         together = [name for name in rows if name not in apart]
         names = [name for name in together if name in self.form]
         inner, last = self._biases(x, names, plain_call=not (args or kwargs))
-        means = {name: {"residual": self.residual(name), **self._means(name)} for name in names}
+        means = {name: {"residual": self._residual_to_apply(name), **self._means(name)} for name in names}
         inputs: dict[str, tuple[Any, Any]] = {
             name: self.form[name].enter(x=x[rows[name]], **means[name]) if name in names else (x[rows[name]], None)
             for name in together
@@ -95,7 +100,7 @@ class ActivationLayer(DLoRLayer):
         bias = self._bias(x) if any(self.form[name].acts_on_output for name in adapter_names) else None
         if bias is None:
             return None, None
-        autocast = torch.is_autocast_enabled(x.device.type)
+        autocast = is_autocast(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         if dtype.itemsize < 4 and plain_call and self._is_plain():
             return None, self._along_features(bias)
@@ -108,7 +113,8 @@ class ActivationLayer(DLoRLayer):
             type(layer) in self.plain_types
             and type(layer.weight) is nn.Parameter
             and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
-            and not (layer._backward_hooks or layer._backward_pre_hooks)
+            and not (layer._backward_hooks or layer._backward_pre_hooks or _has_any_global_hook())
+            and not is_fsdp_managed(layer)
         )
 
     def _without_bias(self, x: Tensor) -> Tensor:

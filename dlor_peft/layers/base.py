@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..config import DLoRConfig
 from ..form import Form, Residual
+from .collapsed import CollapsedStacks
 from .parts import StackedWeight
 from .placement import execution_device, is_tensor_parallel
 from .quantised import Snapshot
@@ -60,6 +61,7 @@ class DLoRLayer(WeightLayer):
         self._merged_adapters: list[str] = []
         self._unmerged: Tensor | Snapshot | None = None
         self.cast_input_dtype_enabled = True
+        self._collapsed = CollapsedStacks()
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, depth, config, tied_to)
 
@@ -136,10 +138,29 @@ class DLoRLayer(WeightLayer):
 
     def residual(self, adapter_name: str) -> Residual:
         """The adapter's tensors as one diagonal plus low rank. Differentiable."""
-        tensors = {name: getattr(self, name) for name in self.adapter_layer_names}
-        return self.form[adapter_name].residual(
-            {name: factors[adapter_name]() for name, factors in tensors.items() if adapter_name in factors}
-        )
+        return self.form[adapter_name].residual(self._tensors(adapter_name))
+
+    def _residual_to_apply(self, adapter_name: str) -> Residual:
+        """What `update` takes: a stack as it is where it is trained, and else collapsed, once for many calls."""
+        form, tensors = self.form[adapter_name], self._tensors(adapter_name)
+        if form.depth == 1 or self.training or torch.compiler.is_compiling():
+            return form.residual(tensors, collapsed=False)
+        return self._collapsed.get(adapter_name, tensors, form)
+
+    def _tensors(self, adapter_name: str) -> dict[str, Tensor]:
+        return {name: getattr(self, name)[adapter_name]() for name in self.form[adapter_name].shapes}
+
+    def clear_collapsed(self) -> None:
+        """Collapse the stacks anew in the next call. Needed after parameters were written to through `.data`."""
+        self._collapsed.clear()
+
+    def train(self, mode: bool = True) -> Self:
+        self.clear_collapsed()
+        return super().train(mode)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        self.clear_collapsed()
+        super().set_adapter(adapter_names, inference_mode)
 
     @torch.no_grad()
     def set_residual(self, adapter_name: str, residual: Residual) -> None:

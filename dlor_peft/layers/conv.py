@@ -88,7 +88,7 @@ class Conv(ActivationLayer):
         """update() on the channels of each position, group by group where there are fewer factors than channels."""
         dim = -1 - len(self._conv.kernel_size)
         channels = x.shape[dim]
-        width = U.shape[0] if U is not None else channels if q is None or q.numel() == 1 else q.numel()
+        width = U.shape[-2] if U is not None else channels if q is None or q.numel() == 1 else q.numel()
 
         def channels_last(t: Tensor) -> Tensor:
             return t.unflatten(dim, (channels // width, width)).movedim(dim, -1)

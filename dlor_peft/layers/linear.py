@@ -1,8 +1,11 @@
 """DLoR on linear layers, quantised ones among them."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..kernels import is_autocast
 from .activation import ActivationLayer
 
 
@@ -17,6 +20,45 @@ class Linear(ActivationLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
+
+    def why_not_fused(self, adapter_names: list[str] | None = None) -> str | None:
+        """Why the update and the frozen product are not one operation for these adapters; None where they are."""
+        names = (
+            [name for name in self.active_adapters if name in self.form] if adapter_names is None else adapter_names
+        )
+        if len(names) != 1:
+            return f"{len(names)} adapters are active"
+        form = self.form[names[0]]
+        if form.mode == "multiplicative":
+            return "the factors multiply the input or the output, which leaves nothing to fuse"
+        if not form.is_one_product(self.scaling[names[0]]):
+            return "side 'both' at a scale other than 1 needs the frozen output"
+        dropout = self.dlor_dropout[names[0]]
+        if isinstance(dropout, nn.Dropout) and dropout.training:
+            return "dropout is on the update's input alone"
+        if not self._is_plain():
+            return f"the base layer, a {type(self.base_layer).__name__}, has hooks, or does more than apply its weight"
+        layer = self.get_base_layer()
+        if layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad):
+            return "the base layer is trained"
+        return None
+
+    def explain(self) -> str:
+        reason = self.why_not_fused()
+        if reason is None:
+            return f"{type(self).__name__}: update and frozen product are one operation"
+        return f"{super().explain()}, since {reason}"
+
+    def _adapted_forward(self, x: Tensor, adapter_names: list[str], args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        if args or kwargs or x.is_nested or self.why_not_fused(adapter_names) or not self._takes(x):
+            return super()._adapted_forward(x, adapter_names, args, kwargs)
+        (name,), layer = adapter_names, self.get_base_layer()
+        residual, W = self._residual_to_apply(name), self._as_matrix(layer.weight)
+        return self.form[name].forward_linear(residual, x, W, layer.bias, self.scaling[name])
+
+    def _takes(self, x: Tensor) -> bool:
+        # or else the base layer's own error
+        return x.dtype == self.get_base_layer().weight.dtype or is_autocast(x.device.type)
 
     def _without_bias(self, x: Tensor) -> Tensor:
         weight = self.get_base_layer().weight

@@ -2,24 +2,20 @@
 
 import importlib
 import itertools
-import sys
 from math import nan
 from pathlib import Path
 from random import Random
-from types import ModuleType
 
 import pytest
 import torch
+from interpreted import DEVICE, WHY_NOT, kernels
 from torch import Tensor
 
 from dlor_peft.kernels import launch
 from dlor_peft.kernels.launch import Config, Key
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu" and triton.__version__ < "3.7":
-    pytest.skip("the interpreter before Triton 3.7 does not work with NumPy 2.4", allow_module_level=True)
+if WHY_NOT:
+    pytest.skip(WHY_NOT, allow_module_level=True)
 
 # relative to the largest entry of the float64 result; the interpreter truncates to bfloat16 instead of rounding
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -39,30 +35,7 @@ LAYOUTS = ("contiguous", "strided", "transposed")
 DIAGONALS = (None, "scalar", "vector")
 
 
-def load() -> ModuleType:
-    """kernels.triton; interpreted where there is no GPU, without a trace in the modules that other tests see."""
-    name = "dlor_peft.kernels.triton"
-    if DEVICE == "cuda":
-        return importlib.import_module(name)
-    names = (name, f"{name}_kernels")
-    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    # asked for when a kernel is decorated; TRITON_INTERPRET would also change the kernels that torch brings
-    with triton.knobs.runtime.scope():
-        triton.knobs.runtime.interpret = True
-        module = importlib.import_module(name)
-    # for any other function the interpreter adds up number by number
-    sys.modules[names[1]].add = triton.language.standard._sum_combine
-    package = sys.modules["dlor_peft.kernels"]
-    for name in names:
-        del sys.modules[name]
-        delattr(package, name.rpartition(".")[2])
-    for name, previous in before.items():
-        sys.modules[name] = previous
-        setattr(package, name.rpartition(".")[2], previous)
-    return module
-
-
-ops = load()
+ops = kernels()
 
 
 @pytest.fixture(autouse=True)

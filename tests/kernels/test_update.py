@@ -2,71 +2,67 @@
 
 import pytest
 import torch
+from dense import TOLERANCE, draw, draw_q, largest_error, rectangular, wide
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from dlor_peft.kernels import update
-from dlor_peft.kernels.reference import update as reference_update
+from dlor_peft.kernels.reference import mul as reference_update
 
-# relative to the largest entry of the float64 result
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+SIZES = [
+    (0, 8, 5, 2),
+    (1, 9, 31, 1),
+    (7, 12, 12, 0),
+    (63, 17, 17, 8),
+    (100, 33, 20, 3),
+    (257, 19, 24, 16),
+    (20, 70, 66, 64),
+]
 NAMES = ("acc", "x", "q", "U", "V")
 
 
 def dense(acc: Tensor, x: Tensor, q: Tensor | None, U: Tensor, V: Tensor, scale: float) -> Tensor:
     """acc + scale x M^T with the matrix M = diag(q) + U V^T written out, rectangular where U and V differ in rows."""
-    M = U @ V.T
-    if q is not None:
-        M = M + torch.eye(*M.shape, dtype=M.dtype) * (q if q.numel() == 1 or M.shape[1] == q.numel() else q[:, None])
-    return acc + scale * x @ M.T
+    return acc + scale * x @ (U @ V.T + rectangular(q, U.shape[0], V.shape[0])).T
 
 
 def tensors(T, I, O, r, diagonal, dtype, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-
-    q = {"vector": lambda: draw(min(I, O)), "scalar": lambda: draw(1), "none": lambda: None}[diagonal]()
-    return draw(T, O), draw(T, I), q, draw(O, r), draw(I, r)
+    shapes = {"acc": (T, O), "x": (T, I), "U": (O, r), "V": (I, r)}
+    acc, x, U, V = (draw(*shape, dtype=dtype, seed=seed + k) for k, shape in enumerate(shapes.values()))
+    return acc, x, draw_q(diagonal, min(I, O), dtype, seed), U, V
 
 
-def largest_error(got: Tensor, expected: Tensor) -> float:
-    assert got.isfinite().all()
-    return (
-        ((got.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item() if got.numel() else 0.0
-    )
-
-
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("diagonal", ["vector", "scalar", "none"])
-@pytest.mark.parametrize(("T", "I", "O", "r"), [(63, 17, 17, 5), (100, 33, 20, 3), (1, 9, 31, 1), (7, 12, 12, 0)])
+@pytest.mark.parametrize(("T", "I", "O", "r"), SIZES)
 def test_forward_and_every_gradient_match_the_dense_reference(T, I, O, r, diagonal, dtype):
     inputs = tensors(T, I, O, r, diagonal, dtype)
-    wide = [None if t is None else t.detach().double().requires_grad_() for t in inputs]
+    exact = wide(*inputs)
     g = torch.randn(T, O, generator=torch.Generator().manual_seed(1)).to(dtype)
-    out, expected = update(*inputs, scale=0.7), dense(*wide, scale=0.7)
+    out, expected = update(*inputs, scale=0.7), dense(*exact, scale=0.7)
     out.backward(g)
     expected.backward(g.double())
     assert out.dtype is dtype
     assert largest_error(out, expected.detach()) < TOLERANCE[dtype]
-    for name, got, reference in zip(NAMES, inputs, wide, strict=True):
+    for name, got, reference in zip(NAMES, inputs, exact, strict=True):
         if got is not None and got.numel() and (reference.grad is not None):
             assert got.grad.dtype is dtype, name
             assert largest_error(got.grad, reference.grad) < TOLERANCE[dtype], name
 
 
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("diagonal", ["vector", "scalar", "none"])
 def test_the_residual_form_adds_both_paths_of_the_input_gradient(diagonal, dtype):
     _, x, q, U, V = tensors(31, 19, 19, 4, diagonal, dtype)
-    wide = [None if t is None else t.detach().double().requires_grad_() for t in (x, q, U, V)]
-    out, expected = update(x, x, q, U, V, scale=1.3), dense(wide[0], *wide, scale=1.3)
+    exact = wide(x, q, U, V)
+    out, expected = update(x, x, q, U, V, scale=1.3), dense(exact[0], *exact, scale=1.3)
     out.sum().backward()
     expected.sum().backward()
     assert largest_error(out, expected.detach()) < TOLERANCE[dtype]
-    for got, reference in zip((x, q, U, V), wide, strict=True):
+    for got, reference in zip((x, q, U, V), exact, strict=True):
         if got is not None:
             assert largest_error(got.grad, reference.grad) < 2 * TOLERANCE[dtype]
 

@@ -33,6 +33,10 @@ SOME = {
     "model.norm": "cpu",
     "lm_head": "disk",
 }
+
+# a layer with hooks is called, one without is fused with its update: the same sums in another order
+ROUNDING = 1e-5
+
 WAYS = ["cpu_offload", "disk_offload", "dispatch_model", "from_pretrained"]
 
 
@@ -82,13 +86,13 @@ def test_a_new_adapter_is_where_the_layer_runs(way, form, offloaded, tmp_path):
     model, want = adapt(offloaded(way), form), adapted("llama", form)
     assert is_offloaded(model)
     assert {parameter.device.type for parameter in adapter_parameters(model).values()} == {"cpu"}
-    assert torch.equal(logits(model, "llama"), logits(want, "llama"))
+    assert distance(logits(model, "llama"), logits(want, "llama")) < ROUNDING
     assert train(model) == train(want)
     after = logits(want, "llama")
-    assert torch.equal(logits(model, "llama"), after)
+    assert distance(logits(model, "llama"), after) < ROUNDING
     model.save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(build("llama"), tmp_path / "adapter")
-    assert torch.equal(logits(loaded, "llama"), after)
+    assert distance(logits(loaded, "llama"), after) < ROUNDING
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
@@ -113,7 +117,7 @@ def test_from_pretrained_on_an_offloaded_model(way, low_cpu_mem_usage, offloaded
     saved.save_pretrained(tmp_path / "adapter")
     model = PeftModel.from_pretrained(offloaded(way), tmp_path / "adapter", low_cpu_mem_usage=low_cpu_mem_usage)
     assert is_offloaded(model)
-    assert torch.equal(logits(model, "llama"), logits(saved, "llama"))
+    assert distance(logits(model, "llama"), logits(saved, "llama")) < ROUNDING
 
 
 # the copy of the adapter that is not used
@@ -135,7 +139,7 @@ def test_from_pretrained_that_dispatches_anew(folder, low_cpu_mem_usage, offload
     )
     assert any(parameter.is_meta for parameter in adapter_parameters(model).values())
     want = logits(saved, "llama")
-    assert torch.equal(logits(model, "llama"), want)
+    assert distance(logits(model, "llama"), want) < ROUNDING
     model.save_pretrained(tmp_path / "again")
     stored, first = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("again", "adapter"))
     assert stored.keys() == first.keys()
@@ -144,7 +148,7 @@ def test_from_pretrained_that_dispatches_anew(folder, low_cpu_mem_usage, offload
     saved.merge_adapter()
     assert torch.equal(logits(model, "llama"), logits(saved, "llama"))
     model.unmerge_adapter()
-    assert torch.equal(logits(model, "llama"), want)
+    assert distance(logits(model, "llama"), want) < ROUNDING
 
 
 @pytest.mark.parametrize("form", FEW_FORMS)
@@ -163,7 +167,7 @@ def test_merging_is_what_it_is_in_memory(way, form, offloaded):
     assert torch.equal(logits(model, "llama"), logits(want, "llama"))
     model.unmerge_adapter()
     assert is_offloaded(model)
-    assert torch.equal(logits(model, "llama"), unmerged)
+    assert distance(logits(model, "llama"), unmerged) < ROUNDING
     with model.disable_adapter():
         assert torch.equal(logits(model, "llama"), base)
 
@@ -179,7 +183,7 @@ def test_layers_merge_and_unmerge_without_peft_bringing_them_in(way, offloaded):
     # disabling a merged layer unmerges it in its call
     with model.disable_adapter():
         assert torch.equal(logits(model, "llama"), logits(build("llama"), "llama"))
-    assert torch.equal(logits(model, "llama"), unmerged)
+    assert distance(logits(model, "llama"), unmerged) < ROUNDING
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -230,7 +234,7 @@ def test_a_merged_model_that_is_no_longer_offloaded_keeps_what_was_merged(offloa
     assert torch.equal(logits(model, "llama"), logits(want, "llama"))
     model.unmerge_adapter()
     want.unmerge_adapter()
-    assert torch.equal(logits(model, "llama"), logits(want, "llama"))
+    assert distance(logits(model, "llama"), logits(want, "llama")) < ROUNDING
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -256,14 +260,15 @@ def test_modules_to_save_are_trained_and_come_back(way, offloaded, tmp_path):
     assert train(model) == train(want)
     after = logits(want, "llama")
     model.save_pretrained(tmp_path / "adapter")
-    assert torch.equal(logits(PeftModel.from_pretrained(build("llama"), tmp_path / "adapter"), "llama"), after)
+    assert distance(logits(PeftModel.from_pretrained(build("llama"), tmp_path / "adapter"), "llama"), after) < ROUNDING
     model.load_adapter(tmp_path / "adapter", "second")
     model.set_adapter("second")
-    assert torch.equal(logits(model, "llama"), after)
+    assert distance(logits(model, "llama"), after) < ROUNDING
     # what is trained is a copy
     with model.disable_adapter():
         assert torch.equal(logits(model, "llama"), logits(build("llama"), "llama"))
-    assert torch.equal(logits(model.merge_and_unload(), "llama"), logits(want.merge_and_unload(), "llama"))
+    merged, want_merged = model.merge_and_unload(), want.merge_and_unload()
+    assert distance(logits(merged, "llama"), logits(want_merged, "llama")) < ROUNDING
 
 
 @pytest.mark.parametrize("tokens", [[5, 7], {"embed_tokens": [5]}])
@@ -289,12 +294,12 @@ def test_tied_layers_merge_alike(way, offloaded):
     model = adapt(offloaded(way, tie_word_embeddings=True), "scaled-output", **changes)
     want = adapt(build("llama", tie_word_embeddings=True), "scaled-output", **changes)
     unmerged = logits(want, "llama")
-    assert torch.equal(logits(model, "llama"), unmerged)
+    assert distance(logits(model, "llama"), unmerged) < ROUNDING
     for one in (model, want):
         one.merge_adapter()
     assert torch.equal(logits(model, "llama"), logits(want, "llama"))
     model.unmerge_adapter()
-    assert torch.equal(logits(model, "llama"), unmerged)
+    assert distance(logits(model, "llama"), unmerged) < ROUNDING
 
 
 def test_a_model_on_the_meta_device_takes_a_meta_adapter():
