@@ -219,18 +219,18 @@ class Form:
         entered, dropped = self.enter(residual, x, scale, dropout, mix)
         return self.leave(residual, base(entered), dropped, scale, dropout, mix, term, bias)
 
-    def is_one_product(self, scale: float) -> bool:
-        """Whether `forward_linear` knows the form: one frozen product between diagonals, plus the low-rank term."""
-        return self.mode != "multiplicative" and not self.calls_twice(scale)
-
     def forward_linear(self, residual: Residual, x: Tensor, W: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-        """`forward` without dropout where base(x) is x W^T + bias and nothing else: one operation."""
+        """`forward` without dropout where base(x) is x W^T + bias and nothing else: one operation.
+
+        Not for a form that `calls_twice`.
+        """
         q, U, V, q_in = residual
-        if self.mode == "additive":
-            return linear(x, W, bias, q_add=q, U=U, V=V, scale=scale)
-        if self.side == "input":
+        if self.mode == "multiplicative":
+            assert self.side is not None
+            return linear(x, W, bias, self.side, q, U, V, scale=scale)
+        if self.mode == "scaled" and self.side == "input":
             q, q_in = None, q
-        return linear(x, W, bias, q_in=q_in, q_out=q, U=U, V=V, scale=scale)
+        return linear(x, W, bias, self.mode, q, U, V, q_in, scale)
 
     def calls_twice(self, scale: float) -> bool:
         """Whether `forward` calls the frozen layer twice: W' of side "both" is no W scaled once where s is not 1."""

@@ -28,10 +28,7 @@ class Linear(ActivationLayer):
         )
         if len(names) != 1:
             return f"{len(names)} adapters are active"
-        form = self.form[names[0]]
-        if form.mode == "multiplicative":
-            return "the factors multiply the input or the output, which leaves nothing to fuse"
-        if not form.is_one_product(self.scaling[names[0]]):
+        if self.form[names[0]].calls_twice(self.scaling[names[0]]):
             return "side 'both' at a scale other than 1 needs the frozen output"
         dropout = self.dlor_dropout[names[0]]
         if isinstance(dropout, nn.Dropout) and dropout.training:
