@@ -144,18 +144,24 @@ class Form:
                 # the transposed factors multiply in the other order
                 return Residual(None if q is None else q.flip(0), V.flip(0), U.flip(0))
             return Residual(q, V, U) if q_in is None else Residual(q_in, V, U, q)
-        some = next(iter(tensors.values()))
         delta, delta_in = tensors.get("dlor_diag"), tensors.get("dlor_diag_in")
-        p, q = self.widths
-        experts = () if self.experts is None else (self.experts,)
-        U = tensors.get("dlor_U", some.new_empty(self.depth, *experts, p, 0))
-        V = tensors.get("dlor_V", some.new_empty(self.depth, *experts, q, 0))
+        U, V = self._low_rank(tensors)
         if self.depth == 1:
-            return Residual(None if delta is None else delta[0], U[0], V[0], None if delta_in is None else delta_in[0])
+            # not an index, which has a tensor of zeros to fill for its gradient
+            delta, delta_in = (None if part is None else part.squeeze(0) for part in (delta, delta_in))
+            return Residual(delta, U.squeeze(0), V.squeeze(0), delta_in)
         if not collapsed:
             return Residual(delta, U, V)
-        with without_autocast(some.device.type):
+        with without_autocast(U.device.type):
             return Residual(*collapse_stack(delta, U, V))
+
+    def _low_rank(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        if self.r:
+            return tensors["dlor_U"], tensors["dlor_V"]
+        some = next(iter(tensors.values()))
+        stack = (self.depth,) if self.experts is None else (self.depth, self.experts)
+        p, q = self.widths
+        return some.new_empty(*stack, p, 0), some.new_empty(*stack, q, 0)
 
     @property
     def acts_on_output(self) -> bool:

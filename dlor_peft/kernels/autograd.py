@@ -17,31 +17,26 @@ from .choice import implementation, prefills
 from .stack import collapse_stack, collapse_with_gradient
 
 
+# forward takes ctx: where there is a setup_context, apply inspects the signature of forward in every call, which takes
+# longer than all else that is not arithmetic
 class _Update(torch.autograd.Function):
-    """acc + q * x + (x V) U^T, and x V; `is_residual` says that acc is x itself, acc is None then."""
-
-    generate_vmap_rule = True
+    """acc + q * x + (x V) U^T; `is_residual` says that acc is x itself, acc is None then."""
 
     @staticmethod
-    def forward(
-        acc: Tensor | None, x: Tensor, q: Tensor | None, U: Tensor, V: Tensor, is_residual: bool
-    ) -> tuple[Tensor, Tensor]:
-        q, U, V = _single(x.dtype, q, U, V)
-        return implementation(x, U.shape[1]).mul(x if is_residual else acc, x, q, U, V)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        _, x, q, U, V, ctx.is_residual = inputs
-        _, t = output
-        ctx.mark_non_differentiable(t)
-        ctx.set_materialize_grads(False)
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, acc: Tensor | None, x: Tensor, q: Tensor | None, U: Tensor, V: Tensor, is_residual: bool
+    ) -> Tensor:
+        out, t = _updated(acc, x, q, U, V, is_residual)
         _, _, *needed, _ = ctx.needs_input_grad
         needs_q, needs_U, needs_V = _needed_at_once(needed, U)
+        ctx.is_residual = is_residual
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if needs_q or needs_V else None, t if needs_U else None, q, U, V)
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if g is None:
             return (None,) * 6
         x, t, *factors = ctx.saved_tensors
@@ -51,19 +46,26 @@ class _Update(torch.autograd.Function):
         return g if needs_acc else None, dx, *gradients(of_single), None
 
 
+def _updated(
+    acc: Tensor | None, x: Tensor, q: Tensor | None, U: Tensor, V: Tensor, is_residual: bool
+) -> tuple[Tensor, Tensor]:
+    """The result, and x V."""
+    q, U, V = _single(x.dtype, q, U, V)
+    return implementation(x, U.shape[1]).mul(x if is_residual else acc, x, q, U, V)
+
+
 class _Linear(torch.autograd.Function):
-    """The frozen product x W^T + b and the update in one, by `kind`; then x V, or y V, and y = x W^T where `keeps_y`.
+    """The frozen product x W^T + b and the update in one, by `kind`.
 
-        additive    x W^T + b + q * x + (x V) U^T
-        scaled      (1 + q) * y + (x V) U^T + b,  y = (x + q_in * x) W^T
-        input       z W^T + b,                    z = x + q * x + (x V) U^T
-        output      y + q * y + (y V) U^T + b,    y = x W^T
-
-    `prefills`: where no diagonal is on y, the frozen product accumulates onto the term in U, instead of that onto it.
+    additive    x W^T + b + q * x + (x V) U^T
+    scaled      (1 + q) * y + (x V) U^T + b,  y = (x + q_in * x) W^T
+    input       z W^T + b,                    z = x + q * x + (x V) U^T
+    output      y + q * y + (y V) U^T + b,    y = x W^T
     """
 
     @staticmethod
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
         x: Tensor,
         W: Tensor,
         b: Tensor | None,
@@ -72,46 +74,25 @@ class _Linear(torch.autograd.Function):
         V: Tensor,
         q_in: Tensor | None,
         kind: str,
-        keeps_y: bool,
         prefills: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        (q, U, V), q_in = _single(x.dtype, q, U, V), _cast(x.dtype, q_in)
-        ops = implementation(x, U.shape[1])
-        if kind == "input":
-            z, t = ops.mul(x, x, q, U, V)
-            return F.linear(z, W, b), t, None
-        if kind == "output":
-            y = x @ W.T
-            t, _ = ops.down(y, V)
-        else:
-            t, z = ops.down(x, V, q_in)
-            if kind == "additive" or q is None:
-                if prefills:
-                    return ops.expand(t, U, None, x, q, b).addmm_(z, W.T), t, None
-                return ops.expand(t, U, F.linear(z, W, b), x, q, inplace=True), t, None
-            y = z @ W.T
-        return ops.expand(t, U, y, y, q, b, inplace=not keeps_y), t, y if keeps_y else None
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor | None]) -> None:
-        x, W, _, q, U, V, q_in, ctx.kind, _, ctx.prefills = inputs
-        _, t, y = output
-        ctx.mark_non_differentiable(*(inner for inner in (t, y) if inner is not None))
-        ctx.set_materialize_grads(False)
-        _, _, _, *needed, needs_in, _, _, _ = ctx.needs_input_grad
+    ) -> Tensor:
+        _, _, _, *needed, needs_in, _, _ = ctx.needs_input_grad
         needs_q, needs_U, needs_V = _needed_at_once(needed, U)
-        needs_x = needs_V or needs_in or (needs_q and ctx.kind != "scaled")
-        ctx.save_for_backward(
-            x if needs_x and ctx.kind != "output" else None, W, t if needs_U else None, y, q, U, V, q_in
-        )
+        needs_y = needs_q if kind == "scaled" else kind == "output" and (needs_q or needs_V)
+        needs_x = needs_V or needs_in or (needs_q and kind != "scaled")
+        out, t, y = _adapted_product(x, W, b, q, U, V, q_in, kind, prefills, needs_y)
+        ctx.kind, ctx.prefills = kind, prefills
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if needs_x and kind != "output" else None, W, t if needs_U else None, y, q, U, V, q_in)
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if g is None:
-            return (None,) * 10
+            return (None,) * 9
         x, W, t, y, *factors, q_in = ctx.saved_tensors
-        needs_x, _, _, *needed, needs_in, _, _, _ = ctx.needs_input_grad
+        needs_x, _, _, *needed, needs_in, _, _ = ctx.needs_input_grad
         single, gradients = _single_with_gradients(g.dtype, factors, needed)
         dq_in = None
         if ctx.kind == "input":
@@ -127,7 +108,41 @@ class _Linear(torch.autograd.Function):
                 g, x, W, t, y, single, _cast(g.dtype, q_in), ctx.prefills, needs_x
             )
         dq_in = dq_in.to(q_in.dtype) if needs_in and dq_in is not None else None
-        return dx, None, None, *gradients(of_single), dq_in, None, None, None
+        return dx, None, None, *gradients(of_single), dq_in, None, None
+
+
+def _adapted_product(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    q: Tensor | None,
+    U: Tensor,
+    V: Tensor,
+    q_in: Tensor | None,
+    kind: str,
+    prefills: bool,
+    keeps_y: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The result, x V (or y V), and y where it is kept.
+
+    `prefills`: where no diagonal is on y, the frozen product accumulates onto the term in U, instead of that onto it.
+    """
+    (q, U, V), q_in = _single(x.dtype, q, U, V), _cast(x.dtype, q_in)
+    ops = implementation(x, U.shape[1])
+    if kind == "input":
+        z, t = ops.mul(x, x, q, U, V)
+        return F.linear(z, W, b), t, None
+    if kind == "output":
+        y = x @ W.T
+        t, _ = ops.down(y, V)
+    else:
+        t, z = ops.down(x, V, q_in)
+        if kind == "additive" or q is None:
+            if prefills:
+                return ops.expand(t, U, None, x, q, b).addmm_(z, W.T), t, None
+            return ops.expand(t, U, F.linear(z, W, b), x, q, inplace=True), t, None
+        y = z @ W.T
+    return ops.expand(t, U, y, y, q, b, inplace=not keeps_y), t, y if keeps_y else None
 
 
 Gradients = tuple[Tensor | None, ...]
@@ -265,9 +280,9 @@ def update(
     x = x.to(acc.dtype)
     width = U.shape[-2]
     acc_TO = None if is_residual else acc.reshape(-1, width)
-    operation = _Update.apply if torch.is_grad_enabled() else _Update.forward
     with without_autocast(device):
-        out, _ = operation(acc_TO, x.reshape(-1, x.shape[-1]), q, U, V, is_residual)
+        inputs = acc_TO, x.reshape(-1, x.shape[-1]), q, U, V, is_residual
+        out = _Update.apply(*inputs) if torch.is_grad_enabled() else _updated(*inputs)[0]
     return out.reshape(*x.shape[:-1], width)
 
 
@@ -305,13 +320,9 @@ def linear(
     if is_autocast(device) and x.dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(device)
         x, W, b = x.to(dtype), W.to(dtype), _cast(dtype, b)
-    has_grad = torch.is_grad_enabled()
-    operation = _Linear.apply if has_grad else _Linear.forward
-    of_y = {"scaled": (q,), "output": (q, U, V)}.get(kind, ())
-    keeps_y = has_grad and any(factor is not None and factor.requires_grad for factor in of_y)
     with without_autocast(device):
-        x_TI = x.reshape(-1, x.shape[-1])
-        out, *_ = operation(x_TI, W, b, q, U, V, q_in, kind, keeps_y, prefills(x))
+        inputs = x.reshape(-1, x.shape[-1]), W, b, q, U, V, q_in, kind, prefills(x)
+        out = _Linear.apply(*inputs) if torch.is_grad_enabled() else _adapted_product(*inputs, keeps_y=False)[0]
     return out.reshape(*x.shape[:-1], W.shape[0])
 
 
