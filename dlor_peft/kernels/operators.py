@@ -56,14 +56,19 @@ def _kernels() -> ModuleType:
     return import_module(".triton", __package__)
 
 
-def _or_empty(like: Tensor, result: Tensor | None, *inputs: Tensor | None) -> Tensor:
-    return like.new_empty(0) if result is None or any(result is given for given in inputs) else result
+def _or_empty(like: Tensor, result: Tensor | None) -> Tensor:
+    return like.new_empty(0) if result is None else result
+
+
+def _apart(like: Tensor, dq: Tensor | None) -> Tensor:
+    # the gradients of q and of a factor lie in one piece of memory, which results of an operator may not share
+    return like.new_empty(0) if dq is None else dq.clone()
 
 
 @torch.library.custom_op("dlor::down", mutates_args=())
 def _down(x: Tensor, V: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor]:
     t, z = _kernels().down(x, V, q)
-    return t, _or_empty(x, z, x)
+    return t, _or_empty(x, None if q is None else z)
 
 
 @_down.register_fake
@@ -98,7 +103,7 @@ def _bwd_rows(
     g: Tensor, U: Tensor, t: Tensor | None, q: Tensor | None, y: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     h, dU, scaled, dq = _kernels().bwd_rows(g, U, t, q, y)
-    return h, _or_empty(g, dU), _or_empty(g, scaled, g), _or_empty(g, dq)
+    return h, _or_empty(g, dU), _or_empty(g, None if q is None else scaled), _apart(g, dq)
 
 
 @_bwd_rows.register_fake
@@ -124,7 +129,7 @@ def _bwd_cols(
     needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx, dV, dq = _kernels().bwd_cols(acc, g, h, V, x, q, needs_dx=needs_dx)
-    return _or_empty(h, dx), _or_empty(h, dV), _or_empty(h, dq)
+    return _or_empty(h, dx), _or_empty(h, dV), _apart(h, dq)
 
 
 @_bwd_cols.register_fake
