@@ -18,18 +18,25 @@ from .stack import collapse_stack, collapse_with_gradient
 
 
 # forward takes ctx: where there is a setup_context, apply inspects the signature of forward in every call, which takes
-# longer than all else that is not arithmetic
+# longer than all else that is not arithmetic. What needs a gradient is passed: ctx knows it in forward too, but not
+# under the torch.compile of torch 2.11
 class _Update(torch.autograd.Function):
     """acc + q * x + (x V) U^T; `is_residual` says that acc is x itself, acc is None then."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, acc: Tensor | None, x: Tensor, q: Tensor | None, U: Tensor, V: Tensor, is_residual: bool
+        ctx: Any,
+        acc: Tensor | None,
+        x: Tensor,
+        q: Tensor | None,
+        U: Tensor,
+        V: Tensor,
+        is_residual: bool,
+        needed: tuple[bool, ...],
     ) -> Tensor:
         out, t = _updated(acc, x, q, U, V, is_residual)
-        _, _, *needed, _ = ctx.needs_input_grad
         needs_q, needs_U, needs_V = _needed_at_once(needed, U)
-        ctx.is_residual = is_residual
+        ctx.is_residual, ctx.needed = is_residual, needed
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if needs_q or needs_V else None, t if needs_U else None, q, U, V)
         return out
@@ -38,12 +45,12 @@ class _Update(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if g is None:
-            return (None,) * 6
+            return (None,) * 7
         x, t, *factors = ctx.saved_tensors
-        needs_acc, needs_x, *needed, _ = ctx.needs_input_grad
-        single, gradients = _single_with_gradients(g.dtype, factors, needed)
+        needs_acc, needs_x, *_ = ctx.needs_input_grad
+        single, gradients = _single_with_gradients(g.dtype, factors, ctx.needed)
         dx, *of_single = _multiplied_backward(g, x, t, single, g if ctx.is_residual else None, False, needs_x)
-        return g if needs_acc else None, dx, *gradients(of_single), None
+        return g if needs_acc else None, dx, *gradients(of_single), None, None
 
 
 def _updated(
@@ -75,13 +82,14 @@ class _Linear(torch.autograd.Function):
         q_in: Tensor | None,
         kind: str,
         prefills: bool,
+        needed: tuple[bool, ...],
+        needs_in: bool,
     ) -> Tensor:
-        _, _, _, *needed, needs_in, _, _ = ctx.needs_input_grad
         needs_q, needs_U, needs_V = _needed_at_once(needed, U)
         needs_y = needs_q if kind == "scaled" else kind == "output" and (needs_q or needs_V)
         needs_x = needs_V or needs_in or (needs_q and kind != "scaled")
         out, t, y = _adapted_product(x, W, b, q, U, V, q_in, kind, prefills, needs_y)
-        ctx.kind, ctx.prefills = kind, prefills
+        ctx.kind, ctx.prefills, ctx.needed, ctx.needs_in = kind, prefills, needed, needs_in
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if needs_x and kind != "output" else None, W, t if needs_U else None, y, q, U, V, q_in)
         return out
@@ -90,10 +98,10 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if g is None:
-            return (None,) * 9
+            return (None,) * 11
         x, W, t, y, *factors, q_in = ctx.saved_tensors
-        needs_x, _, _, *needed, needs_in, _, _ = ctx.needs_input_grad
-        single, gradients = _single_with_gradients(g.dtype, factors, needed)
+        needs_x, *_ = ctx.needs_input_grad
+        single, gradients = _single_with_gradients(g.dtype, factors, ctx.needed)
         dq_in = None
         if ctx.kind == "input":
             e = g @ W
@@ -107,8 +115,8 @@ class _Linear(torch.autograd.Function):
             dx, dq_in, *of_single = _scaled_backward(
                 g, x, W, t, y, single, _cast(g.dtype, q_in), ctx.prefills, needs_x
             )
-        dq_in = dq_in.to(q_in.dtype) if needs_in and dq_in is not None else None
-        return dx, None, None, *gradients(of_single), dq_in, None, None
+        dq_in = dq_in.to(q_in.dtype) if ctx.needs_in and dq_in is not None else None
+        return dx, None, None, *gradients(of_single), dq_in, None, None, None, None
 
 
 def _adapted_product(
@@ -139,7 +147,7 @@ def _adapted_product(
         t, z = ops.down(x, V, q_in)
         if kind == "additive" or q is None:
             if prefills:
-                return ops.expand(t, U, None, x, q, b).addmm_(z, W.T), t, None
+                return _accumulate(ops.expand(t, U, None, x, q, b), z, W.T), t, None
             return ops.expand(t, U, F.linear(z, W, b), x, q, inplace=True), t, None
         y = z @ W.T
     return ops.expand(t, U, y, y, q, b, inplace=not keeps_y), t, y if keeps_y else None
@@ -168,7 +176,7 @@ def _additive_backward(
     h, dU, _, _ = ops.bwd_rows(g, U, t)
     through_W = g @ W if needs_dx and not prefills else None
     dx, dV, dq = ops.bwd_cols(through_W, None if q is None else g, h, V, x, q, not prefills, needs_dx)
-    return dx.addmm_(g, W) if needs_dx and prefills else dx, dq, dU, dV
+    return _accumulate(dx, g, W) if needs_dx and prefills else dx, dq, dU, dV
 
 
 def _scaled_backward(
@@ -193,7 +201,12 @@ def _scaled_backward(
         return dx, dq_in, dq, dU, dV
     through_W = gy @ W if needs_dx and not prefills else None
     dx, dV, _ = ops.bwd_cols(through_W, None, h, V, x, None, not prefills, needs_dx)
-    return dx.addmm_(gy, W) if needs_dx and prefills else dx, None, dq, dU, dV
+    return _accumulate(dx, gy, W) if needs_dx and prefills else dx, None, dq, dU, dV
+
+
+def _accumulate(acc: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """acc + a b, written to acc; under torch.compile it is new, see `eager.expand`."""
+    return torch.addmm(acc, a, b) if torch.compiler.is_compiling() else acc.addmm_(a, b)
 
 
 def _cast(dtype: torch.dtype, factor: Tensor | None) -> Tensor | None:
@@ -228,6 +241,10 @@ def _single_with_gradients(dtype: torch.dtype, factors: Sequence[Any], needed: S
         ]
 
     return [_cast(dtype, factor) for factor in single], gradients
+
+
+def _need(*factors: Tensor | None) -> tuple[bool, ...]:
+    return tuple(factor is not None and factor.requires_grad for factor in factors)
 
 
 def _needed_at_once(needed: Sequence[bool], U: Tensor) -> Sequence[bool]:
@@ -282,7 +299,7 @@ def update(
     acc_TO = None if is_residual else acc.reshape(-1, width)
     with without_autocast(device):
         inputs = acc_TO, x.reshape(-1, x.shape[-1]), q, U, V, is_residual
-        out = _Update.apply(*inputs) if torch.is_grad_enabled() else _updated(*inputs)[0]
+        out = _Update.apply(*inputs, _need(q, U, V)) if torch.is_grad_enabled() else _updated(*inputs)[0]
     return out.reshape(*x.shape[:-1], width)
 
 
@@ -322,7 +339,10 @@ def linear(
         x, W, b = x.to(dtype), W.to(dtype), _cast(dtype, b)
     with without_autocast(device):
         inputs = x.reshape(-1, x.shape[-1]), W, b, q, U, V, q_in, kind, prefills(x)
-        out = _Linear.apply(*inputs) if torch.is_grad_enabled() else _adapted_product(*inputs, keeps_y=False)[0]
+        if torch.is_grad_enabled():
+            out = _Linear.apply(*inputs, _need(q, U, V), *_need(q_in))
+        else:
+            out, *_ = _adapted_product(*inputs, keeps_y=False)
     return out.reshape(*x.shape[:-1], W.shape[0])
 
 

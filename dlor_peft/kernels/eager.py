@@ -25,13 +25,16 @@ def expand(
     inplace: bool = False,
 ) -> Tensor:
     width = U.shape[0]
+    # torch 2.11 compiles an operation whose result was written to in place without its gradient
+    may_write = not torch.compiler.is_compiling()
+    inplace = inplace and may_write
     if q is not None:
         assert x is not None
-        acc, inplace = _plus_diagonal(acc, x, q, width, inplace), True
+        acc, inplace = _plus_diagonal(acc, x, q, width, inplace), may_write
     if acc is None:
         acc = bias
     elif bias is not None:
-        acc, inplace = acc.add_(bias) if inplace else acc + bias, True
+        acc, inplace = acc.add_(bias) if inplace else acc + bias, may_write
     if U.shape[1] and inplace:
         assert acc is not None
         return acc.addmm_(t, U.T)
