@@ -23,18 +23,19 @@ class Linear(ActivationLayer):
 
     def why_not_fused(self, adapter_names: list[str] | None = None) -> str | None:
         """Why the update and the frozen product are not one operation for these adapters; None where they are."""
-        names = (
-            [name for name in self.active_adapters if name in self.form] if adapter_names is None else adapter_names
-        )
-        if len(names) != 1:
-            return f"{len(names)} adapters are active"
-        if self.form[names[0]].calls_twice(self.scaling[names[0]]):
+        if adapter_names is None:
+            adapter_names = [name for name in self.active_adapters if name in self.form]
+        if len(adapter_names) != 1:
+            return f"{len(adapter_names)} adapters are active"
+        (name,) = adapter_names
+        if self.form[name].calls_twice(self.scaling[name]):
             return "side 'both' at a scale other than 1 needs the frozen output"
-        dropout = self.dlor_dropout[names[0]]
+        dropout = self.dlor_dropout[name]
         if isinstance(dropout, nn.Dropout) and dropout.training:
             return "dropout is on the update's input alone"
         if not self._is_plain():
-            return f"the base layer, a {type(self.base_layer).__name__}, has hooks, or does more than apply its weight"
+            kind = type(self.base_layer).__name__
+            return f"the base layer, a {kind}, is hooked, sharded, or does more than apply its weight"
         layer = self.get_base_layer()
         if layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad):
             return "the base layer is trained"

@@ -108,4 +108,4 @@ def test_the_report_on_a_model_counts_how_its_layers_run():
     fused, called = report(model).splitlines()[-2:]
     assert fused.endswith("layers: Linear: update and frozen product are one operation")
     assert called.startswith("1 layers: Linear: the base layer is called")
-    assert "hooks" in called
+    assert "hooked" in called

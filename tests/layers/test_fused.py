@@ -39,7 +39,7 @@ def test_fused_and_called_agree(form, bias, scale):
     assert (layer.why_not_fused() is None) == is_fused
     got = results(model, x)
     layer.base_layer.register_forward_hook(lambda *args: None)
-    assert "hooks" in layer.why_not_fused() or not is_fused
+    assert "hooked" in layer.why_not_fused() or not is_fused
     for one, other in zip(got, results(model, x), strict=True):
         assert distance(one, other) < 1e-5
 
@@ -58,9 +58,9 @@ def subclass(layer):
 
 
 REASONS = {
-    "has hooks": hooks,
+    "is hooked": hooks,
     "2 adapters are active": two_adapters,
-    "a Doubled, has hooks, or does more": subclass,
+    "a Doubled, is hooked, sharded, or does more": subclass,
     "the base layer is trained": lambda layer: layer.base_layer.requires_grad_(),
     "scale other than 1": lambda layer: layer.set_scale("default", 0.5),
     "dropout": lambda layer: layer.dlor_dropout.update({"default": nn.Dropout(0.5)}),
