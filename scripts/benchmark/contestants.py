@@ -56,7 +56,8 @@ class Contestant:
                 adapted.set_submodule(name, self.replace(layer))
             if self.is_compiled:
                 layer.compile()
-        return adapted
+        # BOFT's permutations start on the CPU, and would be copied in every pass
+        return adapted.to(next(module.parameters()).device)
 
 
 def _dlor(**settings: Any) -> Callable[[Shapes, int], PeftConfig]:

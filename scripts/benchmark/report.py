@@ -82,8 +82,6 @@ def environment(device: str) -> dict[str, Any]:
     """Hardware, versions and commit."""
     info = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else [platform.processor()]
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "cpu": f"{len(models)} x {models[0] if models else 'unknown'}",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -91,11 +89,25 @@ def environment(device: str) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "cuda": torch.version.cuda if device == "cuda" else None,
         "python": platform.python_version(),
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "dlor-peft")
-        },
-        "commit": commit or "unknown",
+        "versions": {name: _version(name) for name in ("torch", "triton", "transformers", "peft", "dlor-peft")},
+        "commit": _commit() or "unknown",
     }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        # dlor-peft runs from its folder too
+        return None
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def _as_json(result: Result, device: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import torch
 from dense import TOLERANCE, draw, draw_q, largest_error, rectangular, wide
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import DEVICE
 from torch import Tensor
 
 from dlor_peft.kernels import update
@@ -40,7 +41,7 @@ def tensors(T, I, O, r, diagonal, dtype, seed=0):
 def test_forward_and_every_gradient_match_the_dense_reference(T, I, O, r, diagonal, dtype):
     inputs = tensors(T, I, O, r, diagonal, dtype)
     exact = wide(*inputs)
-    g = torch.randn(T, O, generator=torch.Generator().manual_seed(1)).to(dtype)
+    g = torch.randn(T, O, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     out, expected = update(*inputs, scale=0.7), dense(*exact, scale=0.7)
     out.backward(g)
     expected.backward(g.double())
@@ -139,7 +140,7 @@ def test_frozen_factors_save_nothing_of_the_size_of_the_tokens():
 
 def test_autocast_takes_the_residual_form_to_the_autocast_dtype():
     _, x, q, U, V = tensors(8, 6, 6, 2, "vector", torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         out = update(x, x, q, U, V)
     out.sum().backward()
     assert out.dtype is torch.bfloat16
