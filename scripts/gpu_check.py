@@ -119,7 +119,9 @@ def source_lines(capability: tuple[int, int] | None, is_usable: bool, is_go: boo
     """MEASURED and PREFILLS as they should stand in choice.py; `is_go` None leaves the order as it is."""
     if not is_usable or capability is None:
         return ["choice.py stays as it is: a capability enters it once its kernels are found usable."]
-    prefills = choice.PREFILLS if is_go is None else choice.PREFILLS - {capability} | {capability} * is_go
+    prefills = choice.PREFILLS
+    if is_go is not None:
+        prefills = prefills | {capability} if is_go else prefills - {capability}
     return [_source("MEASURED", choice.MEASURED | {capability}), _source("PREFILLS", prefills)]
 
 
