@@ -185,7 +185,8 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
 
 
 def _launch(kernel: Any, programs: int, x: Tensor, r: int, config: Config, *args: Any) -> None:
-    exact = x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    # not torch.get_float32_matmul_precision, which raises where the precision was set through torch.backends
+    exact = x.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32"
     with _on(x):
         kernel[(programs,)](
             *args,

@@ -273,25 +273,39 @@ def test_offsets_beyond_32_bits():
     check(ops.expand(V[:2], V, x), dense(x, None, None, V[:2], V), torch.bfloat16)
 
 
-@pytest.mark.parametrize(
-    ("setting", "dtype", "precision"),
-    [
-        ("highest", torch.float32, "ieee"),
-        ("high", torch.float32, "tf32"),
-        ("high", torch.bfloat16, "ieee"),
-    ],
-)
-def test_float32_products_follow_the_setting_of_torch(monkeypatch, setting, dtype, precision):
+@pytest.fixture
+def precisions(monkeypatch):
+    """Those that products have been launched with, which then do not run."""
     launched = []
 
     class Kernel:
         def __getitem__(self, grid):
             return lambda *args, **constants: launched.append(constants["PRECISION"])
 
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: setting)
     monkeypatch.setattr(ops, "down_kernel", Kernel())
-    ops.down(Draw(dtype)(7, 24), Draw(dtype)(24, 3))
-    assert launched == [precision]
+    return launched
+
+
+@pytest.mark.parametrize("where", [torch.backends, torch.backends.cuda.matmul], ids=["all", "matmul"])
+def test_float32_products_follow_the_setting_of_torch(precisions, where):
+    before = where.fp32_precision
+    try:
+        for where.fp32_precision in ("ieee", "tf32"):
+            for dtype in (torch.float32, torch.bfloat16):
+                ops.down(Draw(dtype)(7, 24), Draw(dtype)(24, 3))
+    finally:
+        where.fp32_precision = before
+    assert precisions == ["ieee", "ieee", "tf32", "ieee"]
+
+
+def test_float32_products_follow_the_older_setting_of_torch(precisions):
+    try:
+        for setting in ("high", "medium", "highest"):
+            torch.set_float32_matmul_precision(setting)
+            ops.down(Draw(torch.float32)(7, 24), Draw(torch.float32)(24, 3))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert precisions == ["tf32", "tf32", "ieee"]
 
 
 def test_the_table():
