@@ -55,6 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")), metavar="DIR")
     # one stage, in this process
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--prefill", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -66,7 +67,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def run_stage(arguments: argparse.Namespace) -> None:
     """In the process of the stage: its results go to --out as they come."""
-    arguments.deadline = time.monotonic() + arguments.budget - 5
+    # it ends itself before it is ended
+    arguments.deadline = arguments.until - 5
     torch.manual_seed(0)
     capability = torch.cuda.get_device_capability() if arguments.device == "cuda" else None
     hardware = {**report.environment(arguments.device), "capability": capability, "driver": driver()}
@@ -96,7 +98,7 @@ def stage_process(name: str, arguments: argparse.Namespace, limit: float, is_go:
         env["TRITON_INTERPRET"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{name}.json"
-        options = ["--device", arguments.device, "--budget", str(limit), "--out", str(path)]
+        options = ["--device", arguments.device, "--until", str(time.monotonic() + limit), "--out", str(path)]
         options += ["--quick"] * arguments.quick + ["--prefill"] * is_go
         command = [sys.executable, __file__, "--stage", name, *options]
         process = subprocess.Popen(command, env=env, start_new_session=True)

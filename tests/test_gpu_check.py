@@ -160,6 +160,27 @@ def test_every_operation_is_timed_beside_torch(stage):
     assert "torch  2.00 x as long" in times.line(rows[0])
 
 
+def test_a_call_takes_its_share_of_the_median_batch(stage, monkeypatch):
+    times, done = stage("kernel_times"), []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append("event")
+
+        def elapsed_time(self, end):
+            # milliseconds
+            return 8.0
+
+    for name, replaced in {"Event": Event, "_sleep": lambda cycles: None, "synchronize": lambda: None}.items():
+        monkeypatch.setattr(torch.cuda, name, replaced)
+    turns = [(torch.zeros(1),), (torch.ones(1),)]
+    assert times.cuda_timer(lambda x: done.append("call"), turns) == 0.004
+    assert done == ["event", "call", "call", "event"] * (len(done) // 4)
+
+
 @pytest.mark.parametrize(
     ("prefill", "frozen", "go"),
     [
