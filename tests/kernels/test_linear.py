@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dense import TOLERANCE, draw, draw_q, largest_error, rectangular, wide
+from dense import SIZES, TOLERANCE, draw, draw_q, largest_error, rectangular, wide
 from interpreted import DEVICE
 from torch import Tensor
 
@@ -17,15 +17,6 @@ KINDS = {
     "input": ("q",),
     "output": ("q",),
 }
-SIZES = [
-    (0, 8, 5, 2),
-    (1, 9, 31, 1),
-    (7, 12, 12, 0),
-    (63, 17, 17, 8),
-    (100, 33, 20, 3),
-    (257, 19, 24, 16),
-    (20, 70, 66, 64),
-]
 
 
 @pytest.fixture(params=[False, True], ids=["product first", "prefill"])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dense import TOLERANCE, draw, draw_q, largest_error, rectangular, wide
+from dense import SIZES, TOLERANCE, draw, draw_q, largest_error, rectangular, wide
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreted import DEVICE
@@ -11,15 +11,6 @@ from torch import Tensor
 from dlor_peft.kernels import update
 from dlor_peft.kernels.reference import mul as reference_update
 
-SIZES = [
-    (0, 8, 5, 2),
-    (1, 9, 31, 1),
-    (7, 12, 12, 0),
-    (63, 17, 17, 8),
-    (100, 33, 20, 3),
-    (257, 19, 24, 16),
-    (20, 70, 66, 64),
-]
 NAMES = ("acc", "x", "q", "U", "V")
 
 
