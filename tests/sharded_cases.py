@@ -94,7 +94,7 @@ def adapt_what_is_sharded(mesh: str, units: str) -> None:
         with pytest.warns(UserWarning, match="FSDP does not average its gradients"):
             model = get_peft_model(model, config_of("llama", form)).eval()
         want = adapted("llama", form)
-        assert torch.equal(logits(model, "llama"), logits(want, "llama"))
+        assert distance(logits(model, "llama"), logits(want, "llama")) < 1e-5
         name, layer = next(iter(layers(model).items()))
         assert torch.equal(layer.get_delta_weight("default"), layers(want)[name].get_delta_weight("default"))
         refused(model.merge_adapter, "FSDP shards it")
@@ -103,7 +103,7 @@ def adapt_what_is_sharded(mesh: str, units: str) -> None:
 def shard_what_is_adapted(mesh: str, units: str) -> None:
     model, want = adapted("llama", FORM), adapted("llama", FORM)
     shard(model.base_model.model, mesh_of(mesh), units)
-    assert torch.equal(logits(model, "llama"), logits(want, "llama"))
+    assert distance(logits(model, "llama"), logits(want, "llama")) < 1e-5
     train(model, half())
     train(want)
     assert distance(logits(model, "llama"), logits(want, "llama")) < 1e-5
@@ -136,7 +136,7 @@ def merged_before_it_was_sharded() -> None:
     for one in (model, want):
         one.merge_adapter()
     shard(model.base_model.model, None)
-    assert torch.equal(logits(model, "llama"), logits(want, "llama"))
+    assert distance(logits(model, "llama"), logits(want, "llama")) < 1e-5
     refused(model.unmerge_adapter, "FSDP shards it")
 
 
@@ -146,7 +146,7 @@ def adapters_of_parameters() -> None:
     for units in ("block", "linear"):
         model, want = adapted("llama", FORM, **changes), adapted("llama", FORM, **changes)
         shard(model.base_model.model, None, units)
-        assert torch.equal(logits(model, "llama"), logits(want, "llama"))
+        assert distance(logits(model, "llama"), logits(want, "llama")) < 1e-5
         train(model, half())
         train(want)
         assert distance(logits(model, "llama"), logits(want, "llama")) < 1e-5
@@ -157,7 +157,8 @@ def half_precision() -> None:
         model = adapted("llama", "scaled-output").to(torch.bfloat16)
         want = adapted("llama", "scaled-output").to(torch.bfloat16)
         shard(model.base_model.model, None, units)
-        assert distance(logits(model, "llama"), logits(want, "llama")) < 2e-2
+        # each is about one percent from float32
+        assert distance(logits(model, "llama"), logits(want, "llama")) < 4e-2
 
 
 def tensor_parallel(named: str | None) -> None:

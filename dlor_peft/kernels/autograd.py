@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..maths import apply
 from .choice import implementation, prefills
 from .stack import collapse_stack, collapse_with_gradient
 
@@ -48,9 +49,11 @@ class _Update(torch.autograd.Function):
             return (None,) * 7
         x, t, *factors = ctx.saved_tensors
         needs_acc, needs_x, *_ = ctx.needs_input_grad
-        single, gradients = _single_with_gradients(g.dtype, factors, ctx.needed)
-        dx, *of_single = _multiplied_backward(g, x, t, single, g if ctx.is_residual else None, False, needs_x)
-        return g if needs_acc else None, dx, *gradients(of_single), None, None
+        # the dtype was settled by the forward pass
+        with without_autocast(g.device.type):
+            single, gradients = _single_with_gradients(g.dtype, factors, ctx.needed)
+            dx, *of_single = _multiplied_backward(g, x, t, single, g if ctx.is_residual else None, False, needs_x)
+            return g if needs_acc else None, dx, *gradients(of_single), None, None
 
 
 def _updated(
@@ -83,40 +86,42 @@ class _Linear(torch.autograd.Function):
         kind: str,
         prefills: bool,
         needed: tuple[bool, ...],
-        needs_in: bool,
     ) -> Tensor:
-        needs_q, needs_U, needs_V = _needed_at_once(needed, U)
+        *factors_needed, needs_in, needs_dx = needed
+        needs_q, needs_U, needs_V = _needed_at_once(factors_needed, U)
         needs_y = needs_q if kind == "scaled" else kind == "output" and (needs_q or needs_V)
         needs_x = needs_V or needs_in or (needs_q and kind != "scaled")
         out, t, y = _adapted_product(x, W, b, q, U, V, q_in, kind, prefills, needs_y)
-        ctx.kind, ctx.prefills, ctx.needed, ctx.needs_in = kind, prefills, needed, needs_in
+        needs_W = needs_dx or needs_in or kind == "input"
+        ctx.kind, ctx.prefills, ctx.needed = kind, prefills, needed
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x if needs_x and kind != "output" else None, W, t if needs_U else None, y, q, U, V, q_in)
+        kept_x = x if needs_x and kind != "output" else None
+        ctx.save_for_backward(kept_x, W if needs_W else None, t if needs_U else None, y, q, U, V, q_in)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if g is None:
-            return (None,) * 11
+            return (None,) * 10
         x, W, t, y, *factors, q_in = ctx.saved_tensors
-        needs_x, *_ = ctx.needs_input_grad
-        single, gradients = _single_with_gradients(g.dtype, factors, ctx.needed)
-        dq_in = None
-        if ctx.kind == "input":
-            e = g @ W
-            dx, *of_single = _multiplied_backward(e, x, t, single, e, True, needs_x)
-        elif ctx.kind == "output":
-            dy, *of_single = _multiplied_backward(g, y, t, single, g, False, needs_x)
-            dx = None if dy is None else dy @ W
-        elif ctx.kind == "additive":
-            dx, *of_single = _additive_backward(g, x, W, t, single, ctx.prefills, needs_x)
-        else:
-            dx, dq_in, *of_single = _scaled_backward(
-                g, x, W, t, y, single, _cast(g.dtype, q_in), ctx.prefills, needs_x
-            )
-        dq_in = dq_in.to(q_in.dtype) if ctx.needs_in and dq_in is not None else None
-        return dx, None, None, *gradients(of_single), dq_in, None, None, None, None
+        *needed, needs_in, needs_x = ctx.needed
+        with without_autocast(g.device.type):
+            single, gradients = _single_with_gradients(g.dtype, factors, needed)
+            dq_in = None
+            if ctx.kind == "input":
+                e = g @ W
+                dx, *of_single = _multiplied_backward(e, x, t, single, e, True, needs_x)
+            elif ctx.kind == "output":
+                dy, *of_single = _multiplied_backward(g, y, t, single, g, False, needs_x)
+                dx = None if dy is None else dy @ W
+            elif ctx.kind == "additive":
+                dx, *of_single = _additive_backward(g, x, W, t, single, ctx.prefills, needs_x)
+            else:
+                narrow = _cast(g.dtype, q_in)
+                dx, dq_in, *of_single = _scaled_backward(g, x, W, t, y, single, narrow, ctx.prefills, needs_x)
+            dq_in = dq_in.to(q_in.dtype) if needs_in and dq_in is not None else None
+            return dx, None, None, *gradients(of_single), dq_in, None, None, None
 
 
 def _adapted_product(
@@ -182,7 +187,7 @@ def _additive_backward(
 def _scaled_backward(
     g: Tensor,
     x: Tensor | None,
-    W: Tensor,
+    W: Tensor | None,
     t: Tensor | None,
     y: Tensor | None,
     factors: Any,
@@ -190,18 +195,18 @@ def _scaled_backward(
     prefills: bool,
     needs_dx: bool,
 ) -> Gradients:
-    """dx, dq_in, dq, dU, dV."""
+    """dx, dq_in, dq, dU, dV; W is None where neither of the first two is needed."""
     q, U, V = factors
     ops = implementation(g, U.shape[1])
     h, dU, gy, dq = ops.bwd_rows(g, U, t, q, y)
-    if q_in is not None:
+    if q_in is not None and W is not None:
         # dq_in is of the gradient that comes through W
         e = gy @ W
         dx, dV, dq_in = ops.bwd_cols(e, e, h, V, x, q_in, True, needs_dx)
         return dx, dq_in, dq, dU, dV
-    through_W = gy @ W if needs_dx and not prefills else None
+    through_W = gy @ W if W is not None and not prefills else None
     dx, dV, _ = ops.bwd_cols(through_W, None, h, V, x, None, not prefills, needs_dx)
-    return _accumulate(dx, gy, W) if needs_dx and prefills else dx, None, dq, dU, dV
+    return _accumulate(dx, gy, W) if dx is not None and W is not None and prefills else dx, None, dq, dU, dV
 
 
 def _accumulate(acc: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -243,8 +248,8 @@ def _single_with_gradients(dtype: torch.dtype, factors: Sequence[Any], needed: S
     return [_cast(dtype, factor) for factor in single], gradients
 
 
-def _need(*factors: Tensor | None) -> tuple[bool, ...]:
-    return tuple(factor is not None and factor.requires_grad for factor in factors)
+def _need(*tensors: Tensor | None) -> tuple[bool, ...]:
+    return tuple(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _needed_at_once(needed: Sequence[bool], U: Tensor) -> Sequence[bool]:
@@ -262,6 +267,11 @@ def is_autocast(device: str) -> bool:
     """Whether autocast is on for devices of that type."""
     # the meta device has none, and asking for it raises
     return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def is_transformed() -> bool:
+    """Whether torch.func is at work, which takes PyTorch's own operations only."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def update(
@@ -284,7 +294,8 @@ def update(
     products accumulate in float32 for the half-precision types.
 
     Memory: x and x V are kept for the backward pass, nothing else of the size of x, and of a stack nothing else at all
-    unless it is scaled. No input is written to, the result is new. Second derivatives raise.
+    unless it is scaled. No input is written to, the result is new. Second derivatives raise. Under torch.func it is
+    made of PyTorch's own operations, and all that autograd keeps is kept.
     """
     if U is None or V is None:
         # two tensors: torch.compile refuses one that is passed twice
@@ -297,6 +308,10 @@ def update(
     x = x.to(acc.dtype)
     width = U.shape[-2]
     acc_TO = None if is_residual else acc.reshape(-1, width)
+    if is_transformed():
+        with without_autocast(device):
+            q, U, V = _single(x.dtype, q, U, V)
+            return acc + apply(x, x.new_zeros(1) if q is None else q, U, V)
     with without_autocast(device):
         inputs = acc_TO, x.reshape(-1, x.shape[-1]), q, U, V, is_residual
         out = _Update.apply(*inputs, _need(q, U, V)) if torch.is_grad_enabled() else _updated(*inputs)[0]
@@ -325,22 +340,22 @@ def linear(
     x (..., I), W (O, I), b (O,) or None; a diagonal is also (1,) or None, r may be 0. Of a stack, which has a
     dimension L in front, F_L ... F_1 - I stands for diag(q) + U V^T. W and b get no gradient.
 
-    dtype: that of x, W and b; under autocast they are cast as torch's linear casts them. The factors are cast to it.
+    dtype: that of x, W and b; under autocast they are cast to the autocast dtype. The factors are cast to it.
     Gradients come in the dtype of their tensor.
 
     Memory: x (kind "output": x W^T in its place) and x V are kept for the backward pass, and x W^T where "scaled" has
-    a q that is trained. No input is written to. Second derivatives raise.
+    a q that is trained; W too, which under autocast may be a copy. No input is written to. Second derivatives raise.
     """
     q, U, V = _scaled(scale, q, U, V)
     q_in = q_in if scale == 1 or q_in is None else q_in * scale
     device = x.device.type
-    if is_autocast(device) and x.dtype is not torch.float64:
+    if is_autocast(device):
         dtype = torch.get_autocast_dtype(device)
         x, W, b = x.to(dtype), W.to(dtype), _cast(dtype, b)
     with without_autocast(device):
         inputs = x.reshape(-1, x.shape[-1]), W, b, q, U, V, q_in, kind, prefills(x)
         if torch.is_grad_enabled():
-            out = _Linear.apply(*inputs, _need(q, U, V), *_need(q_in))
+            out = _Linear.apply(*inputs, _need(q, U, V, q_in, x))
         else:
             out, *_ = _adapted_product(*inputs, keeps_y=False)
     return out.reshape(*x.shape[:-1], W.shape[0])

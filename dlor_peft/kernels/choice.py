@@ -62,13 +62,18 @@ def implementation(x: Tensor, r: int) -> ModuleType:
         return operators if torch.compiler.is_compiling() else _triton()
     if requested == "auto":
         return eager
-    error = ImportError if find_spec("triton") is None else ValueError
+    error = ImportError if not _has_triton() else ValueError
     raise error(f"dlor_peft.kernels: DLOR_KERNELS=triton, but {obstacle}. Set it to auto or torch.")
 
 
 def prefills(x: Tensor) -> bool:
     """Whether `linear` writes the adapter's term first and lets the frozen product accumulate onto it."""
     return x.device.type == "cuda" and _capability(x.device.index) in PREFILLS
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 @cache
@@ -79,7 +84,7 @@ def _triton() -> ModuleType:
 @torch.compiler.assume_constant_result
 def _obstacle(device: str, index: int | None, dtype: torch.dtype, r: int) -> str | None:
     """Why the Triton kernels do not run; None where they do."""
-    if find_spec("triton") is None:
+    if not _has_triton():
         return "Triton is not installed"
     if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"Triton runs on CUDA devices, and on the CPU under TRITON_INTERPRET=1, not on {device}"
@@ -94,6 +99,7 @@ def _obstacle(device: str, index: int | None, dtype: torch.dtype, r: int) -> str
 
 @torch.compiler.assume_constant_result
 def _capability(index: int | None) -> Capability:
+    # torch remembers it
     return torch.cuda.get_device_capability(index)
 
 
@@ -111,8 +117,8 @@ def report(model: nn.Module | None = None) -> str:
         first = kind == "cuda" and _capability(index) in PREFILLS
         lines.append(f"{name}, order: {'adapter first' if first else 'frozen product first'}")
     if model is not None:
-        layers: list[Any] = [module for module in model.modules() if hasattr(module, "explain")]
-        whys = Counter(layer.explain() for layer in layers)
+        layers: list[Any] = [module for module in model.modules() if hasattr(module, "explain_kernels")]
+        whys = Counter(layer.explain_kernels() for layer in layers)
         lines += [f"{count} layers: {why}" for why, count in whys.most_common()]
     return "\n".join(lines)
 

@@ -6,8 +6,8 @@ Matrix products accumulate in float32 and are rounded to the dtype of the operan
 import torch
 from torch import Tensor
 
-PRODUCT_SIZE = 2**18
-"""Elements of a product that are in memory at once, on a CPU."""
+PIECE_SIZE = 2**17
+"""Elements that are widened to float32 at once, on a CPU."""
 
 
 def down(x: Tensor, V: Tensor, q: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -102,27 +102,24 @@ def _plus_diagonal(acc: Tensor | None, x: Tensor, q: Tensor, width: int, inplace
 
 
 def _sum_of_products(g: Tensor, x: Tensor, q: Tensor) -> Tensor:
-    """sum_t g * x, (m,), or (1,) for a scalar q."""
+    """sum_t g * x, (m,), or (1,) for a scalar q; in float32 or wider."""
     m = min(g.shape[1], x.shape[1])
     g, x = g[:, :m], x[:, :m]
-    # the product of two float16 numbers may be none; the sum for a scalar cancels more than half precision bears
-    if g.dtype == torch.float16 or (g.dtype == torch.bfloat16 and q.numel() != m):
-        g, x = g.float(), x.float()
-    is_eager_cpu = g.device.type == "cpu" and not torch.compiler.is_compiling()
-    if g.dtype == torch.float32 and is_eager_cpu and g.shape[0]:
-        # what a layer norm of mean 0 and deviation 1 has as the gradient of its gain: one pass, no product in memory
-        mean, gain = g.new_zeros(g.shape[0], 1), g.new_ones(m)
-        backward = torch.ops.aten.native_layer_norm_backward
-        columns = backward(g, x, [m], mean, mean + 1, gain, None, [False, True, False])[1]
-    elif is_eager_cpu:
-        # piece by piece, so that the product stays in the cache: fresh memory costs more than the arithmetic
-        rows = max(1, PRODUCT_SIZE // m)
-        product = g.new_empty(min(rows, g.shape[0]), m)
-        columns = g.new_zeros(m, dtype=torch.promote_types(g.dtype, torch.float32))
-        for start in range(0, g.shape[0], rows):
-            part = product[: g.shape[0] - start]
-            columns += torch.mul(g[start : start + rows], x[start : start + rows], out=part).sum(0)
+    dtype = torch.promote_types(g.dtype, torch.float32)
+    if g.device.type == "cpu" and g.numel() and not torch.compiler.is_compiling():
+        # wide pieces that stay in the cache: fresh memory costs more than the arithmetic
+        rows = g.shape[0] if g.dtype == dtype else max(1, PIECE_SIZE // m)
+        pieces = zip(g.split(rows), x.split(rows), strict=True)
+        columns = sum(_layer_norm_gain_gradient(a.to(dtype), b.to(dtype)) for a, b in pieces)
+        assert isinstance(columns, Tensor)
     else:
         # not einsum, which is slower
-        columns = (g * x).sum(0)
+        columns = (g.to(dtype) * x).sum(0)
     return columns if q.numel() == m else columns.sum(0, keepdim=True)
+
+
+def _layer_norm_gain_gradient(g: Tensor, x: Tensor) -> Tensor:
+    """sum_t g * x: what a layer norm of mean 0 and deviation 1 has for its gain. One pass, no product in memory."""
+    mean, gain = g.new_zeros(g.shape[0], 1), g.new_ones(g.shape[1])
+    backward = torch.ops.aten.native_layer_norm_backward
+    return backward(g, x, [g.shape[1]], mean, mean + 1, gain, None, [False, True, False])[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,11 @@ class ActivationLayer(DLoRLayer):
     Subclasses whose activations are not (..., features) override `_mix`, `_term` and `_along_features`.
     """
 
-    # what calling such a base layer does is known: apply the weight, add the bias
-    plain_types: tuple[type[nn.Module], ...] = ()
+    # what such a forward does is known: apply the weight, add the bias
+    plain_forwards: ClassVar[dict[type[nn.Module], Any]] = {}
 
-    def explain(self) -> str:
-        """How the layer runs, and why."""
-        return f"{type(self).__name__}: the base layer is called, and updated around that"
+    def _explain_adapted(self) -> str:
+        return "the base layer is called, and updated around that"
 
     def _adapted_forward(self, x: Tensor, adapter_names: list[str], args: tuple, kwargs: dict[str, Any]) -> Tensor:
         if x.is_nested:
@@ -110,7 +109,8 @@ class ActivationLayer(DLoRLayer):
         """Whether calling the base layer is its weight and bias and nothing else: no hook, no sharded weight."""
         layer = self.base_layer
         return (
-            type(layer) in self.plain_types
+            type(layer) in self.plain_forwards
+            and type(layer).forward is self.plain_forwards[type(layer)]
             and type(layer.weight) is nn.Parameter
             and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
             and not (layer._backward_hooks or layer._backward_pre_hooks or _has_any_global_hook())

@@ -158,9 +158,14 @@ class DLoRLayer(WeightLayer):
         self.clear_collapsed()
         return super().train(mode)
 
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        # what moves leaves nothing behind
         self.clear_collapsed()
-        super().set_adapter(adapter_names, inference_mode)
+        return super()._apply(fn, recurse)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.clear_collapsed()
+        super().delete_adapter(adapter_name)
 
     @torch.no_grad()
     def set_residual(self, adapter_name: str, residual: Residual) -> None:
@@ -284,6 +289,16 @@ class DLoRLayer(WeightLayer):
         features = f"in_features={self.in_features}, out_features={self.out_features}"
         quantisation = quantization_extra_repr(self)
         return f"{features}, {quantisation}" if quantisation else features
+
+    def explain_kernels(self) -> str:
+        """How a call runs, and why."""
+        kind = type(self).__name__
+        if self.merged or self.disable_adapters:
+            return f"{kind}: the base layer alone, {'merged' if self.merged else 'adapters are disabled'}"
+        return f"{kind}: {self._explain_adapted()}"
+
+    def _explain_adapted(self) -> str:
+        return "W' is formed in each call"
 
     def __repr__(self) -> str:
         return "dlor." + super().__repr__()

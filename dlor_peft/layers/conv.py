@@ -8,6 +8,7 @@ of the additive and scaled modes is U V^T, V (C K, r): a convolution to r channe
 from __future__ import annotations
 
 from math import prod
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from .activation import ActivationLayer
 class Conv(ActivationLayer):
     """DLoR on torch.nn.Conv1d, Conv2d and Conv3d."""
 
-    plain_types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    plain_forwards: ClassVar = {kind: kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
     @property
     def _conv(self) -> nn.Conv2d:

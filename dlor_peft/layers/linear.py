@@ -1,18 +1,18 @@
 """DLoR on linear layers, quantised ones among them."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..kernels import is_autocast
+from ..kernels import is_autocast, is_transformed
 from .activation import ActivationLayer
 
 
 class Linear(ActivationLayer):
     """DLoR on torch.nn.Linear, or on transformers' Conv1D, whose weight is stored as (in_features, out_features)."""
 
-    plain_types = (nn.Linear, Conv1D)
+    plain_forwards: ClassVar = {kind: kind.forward for kind in (nn.Linear, Conv1D)}
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -39,13 +39,13 @@ class Linear(ActivationLayer):
         layer = self.get_base_layer()
         if layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad):
             return "the base layer is trained"
-        return None
+        return "torch.func is at work" if is_transformed() else None
 
-    def explain(self) -> str:
+    def _explain_adapted(self) -> str:
         reason = self.why_not_fused()
         if reason is None:
-            return f"{type(self).__name__}: update and frozen product are one operation"
-        return f"{super().explain()}, since {reason}"
+            return "update and frozen product are one operation"
+        return f"{super()._explain_adapted()}, since {reason}"
 
     def _adapted_forward(self, x: Tensor, adapter_names: list[str], args: tuple, kwargs: dict[str, Any]) -> Tensor:
         if args or kwargs or x.is_nested or self.why_not_fused(adapter_names) or not self._takes(x):
@@ -55,8 +55,11 @@ class Linear(ActivationLayer):
         return self.form[name].forward_linear(residual, x, W, layer.bias, self.scaling[name])
 
     def _takes(self, x: Tensor) -> bool:
-        # or else the base layer's own error
-        return x.dtype == self.get_base_layer().weight.dtype or is_autocast(x.device.type)
+        # or else what the base layer does, or its own error
+        dtype = self.get_base_layer().weight.dtype
+        if is_autocast(x.device.type):
+            return all(one.is_floating_point and one.itemsize < 8 for one in (x.dtype, dtype))
+        return x.dtype == dtype
 
     def _without_bias(self, x: Tensor) -> Tensor:
         weight = self.get_base_layer().weight

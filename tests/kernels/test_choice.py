@@ -54,14 +54,14 @@ def test_triton_that_cannot_run_is_an_error_and_says_what_to_do(ask, monkeypatch
 
 def test_triton_that_is_not_installed_is_an_import_error(ask, monkeypatch):
     ask("triton")
-    monkeypatch.setattr(choice, "find_spec", lambda name: None)
+    monkeypatch.setattr(choice, "_has_triton", lambda: False)
     with pytest.raises(ImportError, match="DLOR_KERNELS=triton, but Triton is not installed"):
         update(x, x, torch.ones(4))
 
 
 def test_auto_takes_triton_only_where_it_was_measured(ask, monkeypatch):
     ask("auto")
-    monkeypatch.setattr(choice, "find_spec", lambda name: object())
+    monkeypatch.setattr(choice, "_has_triton", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
     monkeypatch.setattr(choice, "MEASURED", frozenset({(9, 0)}))
     assert choice._obstacle("cuda", 0, torch.bfloat16, 16) is None

@@ -5,6 +5,7 @@ import torch
 from peft import get_peft_model
 from tiny_models import FORMS, adapter_parameters, config_of, distance, layers
 from torch import nn
+from torch.func import functional_call, grad, vmap
 
 from dlor_peft import DLoRConfig
 
@@ -70,10 +71,10 @@ REASONS = {
 @pytest.mark.parametrize("reason", REASONS)
 def test_why_a_layer_is_called(reason):
     layer = layer_of(model_of("scaled-both"))
-    assert layer.explain() == "Linear: update and frozen product are one operation"
+    assert layer.explain_kernels() == "Linear: update and frozen product are one operation"
     REASONS[reason](layer)
     assert reason in layer.why_not_fused()
-    assert layer.explain().startswith("Linear: the base layer is called, and updated around that, since")
+    assert layer.explain_kernels().startswith("Linear: the base layer is called, and updated around that, since")
 
 
 def test_a_trained_base_layer_gets_its_gradient():
@@ -97,3 +98,53 @@ def test_global_hooks_see_the_base_layer():
     finally:
         handle.remove()
     assert layer_of(model).base_layer in seen
+
+
+def test_a_patched_class_is_called(monkeypatch):
+    model, seen = model_of("scaled"), []
+    forward = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: seen.append(self) or forward(self, x))
+    model(torch.randn(4, 6))
+    assert layer_of(model).base_layer in seen
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_backward_pass_has_the_dtype_of_the_forward_pass(form):
+    """Whether it runs under autocast or not."""
+    x, gradients = torch.randn(4, 6), []
+    for forward, backward in ((False, False), (False, True), (True, False), (True, True)):
+        model = model_of(form)
+        with torch.autocast("cpu", torch.bfloat16, enabled=forward):
+            loss = model(x).float().square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=backward):
+            loss.backward()
+        gradients.append([parameter.grad for parameter in adapter_parameters(model).values()])
+    for one, other in ((0, 1), (2, 3)):
+        assert all(map(torch.equal, gradients[one], gradients[other]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_per_sample_gradients_of_torch_func(form):
+    model = model_of(form).eval()
+    x, adapter = torch.randn(4, 6), {n: p.detach() for n, p in adapter_parameters(model).items()}
+
+    def loss(adapter, row):
+        return functional_call(model, adapter, (row[None],)).square().sum()
+
+    got = vmap(grad(loss), in_dims=(None, 0))(adapter, x)
+    for number, row in enumerate(x):
+        model.zero_grad()
+        model(row[None]).square().sum().backward()
+        for name, parameter in adapter_parameters(model).items():
+            assert distance(got[name][number], parameter.grad) < 1e-5, name
+
+
+def test_only_a_frozen_input_with_a_frozen_diagonal_needs_no_weight():
+    model = model_of("scaled-input", bias=False)
+    layer_of(model).dlor_diag["default"].requires_grad_(False)
+    x, saved = torch.randn(50, 6), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = model(x)
+    y.sum().backward()
+    assert not any(t is layer_of(model).base_layer.weight for t in saved)
+    assert layer_of(model).dlor_V["default"].weight.grad.isfinite().all()

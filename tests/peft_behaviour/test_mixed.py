@@ -132,7 +132,8 @@ def test_from_files(ours_first, low_cpu_mem_usage, tmp_path):
     model.set_adapter("ours")
     alone = get_peft_model(build("llama"), OTHERS["lora"]()).base_model.unload()
     loaded = PeftMixedModel.from_pretrained(alone, paths["ours"], adapter_name="ours").eval()
-    assert torch.equal(logits(model, "llama"), logits(loaded, "llama"))
+    # one calls a base layer that PEFT has wrapped
+    assert distance(logits(model, "llama"), logits(loaded, "llama")) < 1e-5
     model.set_adapter([first, second])
     assert distance(logits(model.merge_and_unload(), "llama"), want) < 1e-5
 

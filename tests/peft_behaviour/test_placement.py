@@ -87,7 +87,7 @@ def test_a_new_adapter_is_where_the_layer_runs(way, form, offloaded, tmp_path):
     assert is_offloaded(model)
     assert {parameter.device.type for parameter in adapter_parameters(model).values()} == {"cpu"}
     assert distance(logits(model, "llama"), logits(want, "llama")) < ROUNDING
-    assert train(model) == train(want)
+    assert train(model) == pytest.approx(train(want), rel=ROUNDING)
     after = logits(want, "llama")
     assert distance(logits(model, "llama"), after) < ROUNDING
     model.save_pretrained(tmp_path / "adapter")
@@ -107,7 +107,7 @@ def test_adapters_are_added_and_loaded_beside_one(way, low_cpu_mem_usage, offloa
     assert not any(parameter.is_meta for parameter in adapter_parameters(model).values())
     assert torch.equal(logits(model, "llama"), before)
     model.set_adapter("third")
-    assert torch.equal(logits(model, "llama"), logits(saved, "llama"))
+    assert distance(logits(model, "llama"), logits(saved, "llama")) < ROUNDING
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
@@ -257,7 +257,7 @@ def test_a_merged_model_saves_its_adapter_and_the_embedding_as_it_was(way, offlo
 def test_modules_to_save_are_trained_and_come_back(way, offloaded, tmp_path):
     changes = {"modules_to_save": ["lm_head"]}
     model, want = adapt(offloaded(way), **changes), adapted("llama", "scaled-both", **changes)
-    assert train(model) == train(want)
+    assert train(model) == pytest.approx(train(want), rel=ROUNDING)
     after = logits(want, "llama")
     model.save_pretrained(tmp_path / "adapter")
     assert distance(logits(PeftModel.from_pretrained(build("llama"), tmp_path / "adapter"), "llama"), after) < ROUNDING
@@ -284,7 +284,7 @@ def test_training_offloaded_tensors_in_place_is_refused(way, tokens, offloaded):
 def test_biases_on_a_device_are_trained_beside_offloaded_layers(offloaded):
     model = adapt(offloaded("dispatch_model"), bias="dlor_only", target_modules=r".*layers\.0\..*(q_proj|k_proj)")
     want = adapt(build("llama"), bias="dlor_only", target_modules=r".*layers\.0\..*(q_proj|k_proj)")
-    assert train(model) == train(want)
+    assert train(model) == pytest.approx(train(want), rel=ROUNDING)
 
 
 @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning")
