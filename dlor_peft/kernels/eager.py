@@ -107,19 +107,25 @@ def _sum_of_products(g: Tensor, x: Tensor, q: Tensor) -> Tensor:
     g, x = g[:, :m], x[:, :m]
     dtype = torch.promote_types(g.dtype, torch.float32)
     if g.device.type == "cpu" and g.numel() and not torch.compiler.is_compiling():
-        # wide pieces that stay in the cache: fresh memory costs more than the arithmetic
-        rows = g.shape[0] if g.dtype == dtype else max(1, PIECE_SIZE // m)
-        pieces = zip(g.split(rows), x.split(rows), strict=True)
-        columns = sum(_layer_norm_gain_gradient(a.to(dtype), b.to(dtype)) for a, b in pieces)
-        assert isinstance(columns, Tensor)
+        columns = _by_layer_norm(g, x, dtype)
     else:
         # not einsum, which is slower
         columns = (g.to(dtype) * x).sum(0)
     return columns if q.numel() == m else columns.sum(0, keepdim=True)
 
 
-def _layer_norm_gain_gradient(g: Tensor, x: Tensor) -> Tensor:
-    """sum_t g * x: what a layer norm of mean 0 and deviation 1 has for its gain. One pass, no product in memory."""
-    mean, gain = g.new_zeros(g.shape[0], 1), g.new_ones(g.shape[1])
-    backward = torch.ops.aten.native_layer_norm_backward
-    return backward(g, x, [g.shape[1]], mean, mean + 1, gain, None, [False, True, False])[1]
+def _by_layer_norm(g: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """sum_t g * x, as a layer norm of mean 0 and deviation 1 has it for its gain: one pass, no product in memory."""
+    T, m = g.shape
+    # half precision is widened piece by piece in memory that stays in the cache: fresh memory costs more than the sums
+    rows = T if g.dtype == dtype else min(T, max(1, PIECE_SIZE // m))
+    mean, gain = g.new_zeros(rows, 1, dtype=dtype), g.new_ones(m, dtype=dtype)
+    deviation, sums = mean + 1, torch.zeros_like(gain)
+    wide = [] if g.dtype == dtype else [g.new_empty(rows, m, dtype=dtype) for _ in range(2)]
+    for a, b in zip(g.split(rows), x.split(rows), strict=True):
+        size = a.shape[0]
+        if wide:
+            a, b = wide[0][:size].copy_(a), wide[1][:size].copy_(b)
+        backward = torch.ops.aten.native_layer_norm_backward
+        sums += backward(a, b, [m], mean[:size], deviation[:size], gain, None, [False, True, False])[1]
+    return sums
