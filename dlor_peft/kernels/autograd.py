@@ -52,7 +52,7 @@ class _Update(torch.autograd.Function):
         # the dtype was settled by the forward pass
         with without_autocast(g.device.type):
             single, gradients = _single_with_gradients(g.dtype, factors, ctx.needed)
-            dx, *of_single = _multiplied_backward(g, x, t, single, g if ctx.is_residual else None, False, needs_x)
+            dx, *of_single = _update_backward(g, x, t, single, g if ctx.is_residual else None, False, needs_x)
             return g if needs_acc else None, dx, *gradients(of_single), None, None
 
 
@@ -111,12 +111,14 @@ class _Linear(torch.autograd.Function):
             dq_in = None
             if ctx.kind == "input":
                 e = g @ W
-                dx, *of_single = _multiplied_backward(e, x, t, single, e, True, needs_x)
+                dx, *of_single = _update_backward(e, x, t, single, e, True, needs_x)
             elif ctx.kind == "output":
-                dy, *of_single = _multiplied_backward(g, y, t, single, g, False, needs_x)
+                dy, *of_single = _update_backward(g, y, t, single, g, False, needs_x)
                 dx = None if dy is None else dy @ W
             elif ctx.kind == "additive":
-                dx, *of_single = _additive_backward(g, x, W, t, single, ctx.prefills, needs_x)
+                acc = g @ W if needs_x and not ctx.prefills else None
+                dx, *of_single = _update_backward(g, x, t, single, acc, acc is not None, needs_x)
+                dx = _accumulate(dx, g, W) if dx is not None and ctx.prefills else dx
             else:
                 narrow = _cast(g.dtype, q_in)
                 dx, dq_in, *of_single = _scaled_backward(g, x, W, t, y, single, narrow, ctx.prefills, needs_x)
@@ -161,27 +163,15 @@ def _adapted_product(
 Gradients = tuple[Tensor | None, ...]
 
 
-def _multiplied_backward(
+def _update_backward(
     g: Tensor, x: Tensor | None, t: Tensor | None, factors: Any, acc: Tensor | None, inplace: bool, needs_dx: bool
 ) -> Gradients:
-    """dx, dq, dU, dV of q * x + (x V) U^T, and of acc where that is x."""
+    """dx, dq, dU, dV of q * x + (x V) U^T; acc is what else there is of dx, and is written to where `inplace`."""
     q, U, V = factors
     ops = implementation(g, U.shape[1])
     h, dU, _, _ = ops.bwd_rows(g, U, t)
     dx, dV, dq = ops.bwd_cols(acc, None if q is None else g, h, V, x, q, inplace, needs_dx)
     return dx, dq, dU, dV
-
-
-def _additive_backward(
-    g: Tensor, x: Tensor | None, W: Tensor, t: Tensor | None, factors: Any, prefills: bool, needs_dx: bool
-) -> Gradients:
-    """dx, dq, dU, dV."""
-    q, U, V = factors
-    ops = implementation(g, U.shape[1])
-    h, dU, _, _ = ops.bwd_rows(g, U, t)
-    through_W = g @ W if needs_dx and not prefills else None
-    dx, dV, dq = ops.bwd_cols(through_W, None if q is None else g, h, V, x, q, not prefills, needs_dx)
-    return _accumulate(dx, g, W) if needs_dx and prefills else dx, dq, dU, dV
 
 
 def _scaled_backward(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from functools import cache
-from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -59,7 +58,7 @@ def implementation(x: Tensor, r: int) -> ModuleType:
     obstacle = _obstacle(device.type, device.index, x.dtype, r)
     if obstacle is None:
         # torch.compile sees an operator each where it cannot look into a kernel
-        return operators if torch.compiler.is_compiling() else _triton()
+        return operators if torch.compiler.is_compiling() else operators.kernels()
     if requested == "auto":
         return eager
     error = ImportError if not _has_triton() else ValueError
@@ -68,17 +67,16 @@ def implementation(x: Tensor, r: int) -> ModuleType:
 
 def prefills(x: Tensor) -> bool:
     """Whether `linear` writes the adapter's term first and lets the frozen product accumulate onto it."""
-    return x.device.type == "cuda" and _capability(x.device.index) in PREFILLS
+    return _prefills(x.device.type, x.device.index)
+
+
+def _prefills(device: str, index: int | None) -> bool:
+    return device == "cuda" and _capability(index) in PREFILLS
 
 
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
-
-
-@cache
-def _triton() -> ModuleType:
-    return import_module(".triton", __package__)
 
 
 @torch.compiler.assume_constant_result
@@ -114,8 +112,7 @@ def report(model: nn.Module | None = None) -> str:
         name = kind if index is None else f"cuda:{index} ({torch.cuda.get_device_name(index)})"
         for dtype in _DTYPES:
             lines.append(f"{name}, {dtype}: {_explain(kind, index, dtype)}")
-        first = kind == "cuda" and _capability(index) in PREFILLS
-        lines.append(f"{name}, order: {'adapter first' if first else 'frozen product first'}")
+        lines.append(f"{name}, order: {'adapter first' if _prefills(kind, index) else 'frozen product first'}")
     if model is not None:
         layers: list[Any] = [module for module in model.modules() if hasattr(module, "explain_kernels")]
         whys = Counter(layer.explain_kernels() for layer in layers)

@@ -3,6 +3,7 @@
 An operator returns tensors only: one that is empty stands for None, or for an input that would be handed back.
 """
 
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
@@ -52,7 +53,9 @@ def bwd_cols(
     return dx if needs_dx else None, None if x is None else dV, None if x is None or q is None else dq
 
 
-def _kernels() -> ModuleType:
+@cache
+def kernels() -> ModuleType:
+    """`triton`, which is imported when it is first used."""
     return import_module(".triton", __package__)
 
 
@@ -67,7 +70,7 @@ def _apart(like: Tensor, dq: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("dlor::down", mutates_args=())
 def _down(x: Tensor, V: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor]:
-    t, z = _kernels().down(x, V, q)
+    t, z = kernels().down(x, V, q)
     return t, _or_empty(x, None if q is None else z)
 
 
@@ -80,7 +83,7 @@ def _(x: Tensor, V: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor]:
 def _expand(
     t: Tensor, U: Tensor, acc: Tensor | None, x: Tensor | None, q: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    return _kernels().expand(t, U, acc, x, q, bias)
+    return kernels().expand(t, U, acc, x, q, bias)
 
 
 @_expand.register_fake
@@ -90,7 +93,7 @@ def _(t: Tensor, U: Tensor, acc: Tensor | None, x: Tensor | None, q: Tensor | No
 
 @torch.library.custom_op("dlor::mul", mutates_args=())
 def _mul(acc: Tensor | None, x: Tensor, q: Tensor | None, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-    return _kernels().mul(acc, x, q, U, V)
+    return kernels().mul(acc, x, q, U, V)
 
 
 @_mul.register_fake
@@ -102,7 +105,7 @@ def _(acc: Tensor | None, x: Tensor, q: Tensor | None, U: Tensor, V: Tensor) -> 
 def _bwd_rows(
     g: Tensor, U: Tensor, t: Tensor | None, q: Tensor | None, y: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    h, dU, scaled, dq = _kernels().bwd_rows(g, U, t, q, y)
+    h, dU, scaled, dq = kernels().bwd_rows(g, U, t, q, y)
     return h, _or_empty(g, dU), _or_empty(g, None if q is None else scaled), _apart(g, dq)
 
 
@@ -128,7 +131,7 @@ def _bwd_cols(
     q: Tensor | None,
     needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dV, dq = _kernels().bwd_cols(acc, g, h, V, x, q, needs_dx=needs_dx)
+    dx, dV, dq = kernels().bwd_cols(acc, g, h, V, x, q, needs_dx=needs_dx)
     return _or_empty(h, dx), _or_empty(h, dV), _apart(h, dq)
 
 

@@ -17,8 +17,7 @@ T, I, O, r = 9, 7, 5, 3
 
 @pytest.fixture(autouse=True)
 def _kernels_of_this_device(monkeypatch):
-    monkeypatch.setattr(operators, "_kernels", kernels)
-    monkeypatch.setattr(choice, "_triton", kernels)
+    monkeypatch.setattr(operators, "kernels", kernels)
 
 
 def draw(*shape):
