@@ -24,7 +24,7 @@ CHOICES = ("auto", "triton", "torch", "reference")
 
 # compute capabilities on which scripts/gpu_check.py has passed and measured: elsewhere "auto" takes PyTorch's kernels,
 # and "triton" has to be asked for
-MEASURED: frozenset[Capability] = frozenset()
+MEASURED: frozenset[Capability] = frozenset({(9, 0)})
 # those of them on which the frozen product is faster when it accumulates onto the adapter's term than when the term is
 # added to it. On a CPU it is not: scripts/bench_layer.py
 PREFILLS: frozenset[Capability] = frozenset()
