@@ -48,6 +48,13 @@ class Residual(NamedTuple):
     V: Tensor  # (q, L r)
     q_in: Tensor | None = None  # (I,) or (1,)
 
+    def to(self, dtype: torch.dtype) -> Residual:
+        return Residual(*(None if t is None else t.to(dtype) for t in self))  # pyright: ignore[reportArgumentType]
+
+    def of_expert(self, e: int) -> Residual:
+        """That of one expert, where the experts are the first dimension of all."""
+        return Residual(*(None if t is None else t[e] for t in self))  # pyright: ignore[reportArgumentType]
+
 
 @dataclass(frozen=True)
 class Form:
@@ -242,35 +249,46 @@ class Form:
         """Whether `forward` calls the frozen layer twice: W' of side "both" is no W scaled once where s is not 1."""
         return self.side == "both" and scale != 1
 
-    def delta_weight(self, residual: Residual, W: Tensor, scale: float) -> Tensor:
+    @property
+    def mixes(self) -> str | None:
+        """Whether W' mixes the "rows" of W, or its "columns", or neither: W' of the others needs not all of W."""
+        if self.mode != "multiplicative":
+            return None
+        return "rows" if self.side == "output" else "columns"
+
+    def delta_weight(self, residual: Residual, W: Tensor, scale: float, start: int = 0) -> Tensor:
         """W' - W, (..., O, I K), in the dtype of W without subtracting: small updates keep their precision.
 
-        Differentiable in all its arguments.
+        Differentiable in all its arguments. Where W' does not mix the rows, W may be some of them, from `start` on;
+        where it does, some columns.
         """
-        q, U, V, q_in = (None if t is None else t.to(W.dtype) for t in residual)
-        assert U is not None
-        assert V is not None
-        I, O, K = self.in_features, self.out_features, self.taps
+        q, U, V, q_in = residual.to(W.dtype)
+        I, O, K = self.in_features, W.shape[-2], self.taps
         if self.mode == "multiplicative":
             d = W.new_zeros(1) if q is None else q.unsqueeze(-2)
             if self.side == "output":
                 return apply(W.mT, d, U, V).mT * scale
             channels_last = W.unflatten(-1, (I, K)).mT.flatten(-3, -2)  # (..., O K, I)
             return apply(channels_last, d, V, U).unflatten(-2, (O, K)).mT.flatten(-2) * scale
-        delta = U @ V.mT
+        delta = U[..., start : start + O, :] @ V.mT
         if q is None:
             return delta * scale
         if self.mode == "additive":
-            leading = torch.arange(min(I, O), device=W.device)
-            delta[..., leading, leading * K + self.centre] += q
+            stop = max(start, min(start + O, self.out_features, I))
+            leading = torch.arange(start, stop, device=W.device)
+            delta[..., leading - start, leading * K + self.centre] += _rows(q, start, stop)
             return delta * scale
-        gain = q.unsqueeze(-1)
+        gain = _rows(q, start, start + O).unsqueeze(-1)
         if self.side == "input":
             gain = _by_column(q, K)
         elif q_in is not None:
             gain_in = _by_column(q_in, K)
             gain = gain + gain_in + gain * gain_in
         return (gain * W + delta) * scale
+
+
+def _rows(q: Tensor, start: int, stop: int) -> Tensor:
+    return q if q.shape[-1] == 1 else q[..., start:stop]
 
 
 def _by_column(q: Tensor, taps: int) -> Tensor:

@@ -16,8 +16,8 @@ mul has no entry where the factors would outweigh a second read of x.
 The entries for compute capability 9.0 come from these numbers, for 8192 tokens, widths from 1024 to 14336 and ranks 16
 and 64, and from what the compiler reports of them (`scripts/kernel_resources.py`: no spills, and how many programs fit
 a multiprocessor). What they reach on an H200 is in README.md; no other candidates have been timed yet:
-`scripts/sweep_launch.py` does that, and prints the table anew. Other GPUs get what fits 48 KiB of shared memory. Widths that are no multiple of 16 are read
-element by element.
+`scripts/sweep_launch.py` does that, and prints the table anew. Other GPUs get what fits 48 KiB of shared memory. Where
+a width is no multiple of 16, it is read element by element.
 """
 
 from collections.abc import Iterator

@@ -9,6 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from ..blocks import Part, write_adapted
 from ..form import Form, Residual
 from .placement import fetch, is_fsdp_managed, offload_hook, store
 from .quantised import Snapshot, dequantised, refusal, write
@@ -72,12 +73,15 @@ class WeightLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.extend(adapter_names)
 
     def _merged(self, stored: Tensor, adapter_names: list[str], safe_merge: bool) -> Tensor:
-        W = self._as_matrix(stored).to(torch.promote_types(stored.dtype, torch.float32))
-        for name in adapter_names:
-            W = W + self._delta(name, W)
-            if safe_merge and not W.to(stored.dtype).isfinite().all():
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-        return self._as_stored(W).to(stored.dtype).contiguous()
+        return self.write_merged(
+            stored, torch.empty_like(stored, memory_format=torch.contiguous_format), adapter_names, is_safe=safe_merge
+        )
+
+    def write_merged(self, stored: Tensor, merged: Tensor, adapter_names: list[str], **options: Any) -> Tensor:
+        """merged <- W' of the adapters, one after the other, where W is `stored`; see `blocks.write_adapted`."""
+        parts = [Part(name, self.form[name], self.residual(name), self.scaling[name]) for name in adapter_names]
+        write_adapted(self._as_matrix(stored), parts, self._as_matrix(merged), **options)
+        return merged
 
     @torch.no_grad()
     def check_finite(self, adapter_names: list[str]) -> None:
