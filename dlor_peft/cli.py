@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .commands import inspect, train
+from .commands import inspect, merge, train
 
 TRACEBACK = "DLOR_TRACEBACK"
 
@@ -34,11 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="dlor",
-        description="Train and look at DLoR adapters: a trainable diagonal plus low rank on a frozen model.",
+        description="Train, look at, merge and export DLoR adapters, a trainable diagonal plus low rank on frozen models.",
         epilog="dlor VERB --help says more. The shortest way to see it work: dlor train",
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for command in (train, inspect):
+    for command in (train, inspect, merge):
         command.add(verbs)
     if argv and argv[0] in verbs.choices:
         # intermixed: "dlor train my.yaml --explain adapter.r=4" has positionals on both sides of an option

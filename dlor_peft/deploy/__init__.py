@@ -1,0 +1,1 @@
+"""From adapter to deployment: what is on disk is read, looked at, and written in other forms; no model is trained."""

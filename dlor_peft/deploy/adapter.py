@@ -1,0 +1,159 @@
+"""A saved DLoR adapter, read and checked: all of it, or an error that says what is wrong with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..config import DLoRConfig
+from .hub import SMALL_FILES, fetch_folder
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+FACTORS = ("dlor_diag", "dlor_diag_in", "dlor_U", "dlor_V")
+
+_KEY = re.compile(rf"(?P<module>.+)\.(?P<tensor>{'|'.join(FACTORS)})\.weight")
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """What is stored: the factors of each adapted module, and the tensors that are saved in full.
+
+    The names are those in the model, without PEFT's prefix. The shapes are those of `form.Form`.
+    """
+
+    source: str
+    folder: Path
+    revision: str | None
+    sha256: str
+    config: DLoRConfig
+    layers: Mapping[str, Mapping[str, Tensor]]
+    others: Mapping[str, Tensor]
+
+    @property
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors by the names that they have in the file."""
+        factors = {
+            f"{PREFIX}{module}.{name}.weight": tensor
+            for module, tensors in self.layers.items()
+            for name, tensor in tensors.items()
+        }
+        return factors | {f"{PREFIX}{name}": tensor for name, tensor in self.others.items()}
+
+
+def read_adapter(source: str | Path, revision: str | None = None, subfolder: str | None = None) -> SavedAdapter:
+    """The adapter in a folder or repository; only JSON and safetensors are read.
+
+    Raises:
+        OSError: the folder, repository or one of the two files is missing or cannot be read.
+        ValueError: a file is damaged; the adapter is of another method; a field of its configuration is not allowed;
+            a tensor is missing, has another shape than the configuration says, or holds NaN or infinity.
+    """
+    folder = fetch_folder(source, (*SMALL_FILES, WEIGHTS), revision, subfolder)
+    config = _read_config(folder.path)
+    tensors = _read_tensors(folder.path / WEIGHTS)
+    layers, others = _sorted_out(tensors, folder.path / WEIGHTS)
+    for module, factors in layers.items():
+        _check_layer(module, factors, config, folder.path)
+    sha256 = hashlib.sha256((folder.path / WEIGHTS).read_bytes()).hexdigest()
+    return SavedAdapter(folder.source, folder.path, folder.revision, sha256, config, layers, others)
+
+
+def _read_config(folder: Path) -> DLoRConfig:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} is not a saved adapter: it has no {CONFIG}. Give the folder that save_pretrained wrote."
+        )
+    try:
+        fields: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: not valid JSON ({error}). Save the adapter again.") from error
+    if not isinstance(fields, dict) or fields.get("peft_type") != "DLOR":
+        kind = fields.get("peft_type") if isinstance(fields, dict) else None
+        raise ValueError(f"{folder} is not a DLoR adapter: its peft_type is {kind!r}, not 'DLOR'.")
+    try:
+        config = PeftConfig.from_peft_type(**fields)
+    except Exception as error:
+        # whatever a field of the wrong kind leads to, in PEFT too
+        raise ValueError(f"{path} is not what save_pretrained writes: {error}. Save the adapter again.") from error
+    assert isinstance(config, DLoRConfig)
+    return config
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        hint = " Pickled weights are never read." if path.with_name("adapter_model.bin").is_file() else ""
+        raise FileNotFoundError(f"{path.parent} has no {WEIGHTS}.{hint} Save the adapter again with save_pretrained.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged or truncated ({error}). Save or copy the adapter again.") from error
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path}: {key} has the dtype {tensor.dtype}, where floating point is stored.")
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{path}: {key} holds NaN or infinity. The training that made it diverged, or the file is damaged: go "
+                "back to an earlier checkpoint."
+            )
+    return tensors
+
+
+def _sorted_out(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    layers: dict[str, dict[str, Tensor]] = {}
+    others = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        match = _KEY.fullmatch(name)
+        if match:
+            layers.setdefault(match["module"], {})[match["tensor"]] = tensor
+        else:
+            others[name] = tensor
+    if not layers:
+        raise ValueError(f"{path} holds no DLoR tensors: no key ends in {', '.join(f'{n}.weight' for n in FACTORS)}.")
+    return {module: layers[module] for module in sorted(layers, key=natural)}, others
+
+
+def _check_layer(module: str, factors: Mapping[str, Tensor], config: DLoRConfig, folder: Path) -> None:
+    """ValueError where the tensors are not those of the configuration, as far as they show without the base model."""
+    r, depth = config.rank_and_depth(module)
+    expected = {"dlor_U", "dlor_V"} if r else set()
+    if config.diagonal != "none":
+        expected |= {"dlor_diag", "dlor_diag_in"} if config.side == "both" else {"dlor_diag"}
+
+    def refuse(finding: str) -> None:
+        raise ValueError(
+            f"{folder}: {module} {finding}, while {CONFIG} says mode {config.mode!r}, side {config.side!r}, diagonal "
+            f"{config.diagonal!r}, r {r}, depth {depth} for it. The two files do not belong together, or one is "
+            "damaged."
+        )
+
+    if missing := sorted(expected - factors.keys()):
+        refuse(f"has no {', '.join(missing)}")
+    if extra := sorted(factors.keys() - expected):
+        refuse(f"has {', '.join(extra)}")
+    for name, tensor in factors.items():
+        rank = 2 if name.startswith("dlor_diag") else 3
+        if tensor.ndim not in (rank, rank + 1) or tensor.shape[0] != depth or (rank == 3 and tensor.shape[-1] != r):
+            refuse(f"has a {name} of shape {tuple(tensor.shape)}")
+        if rank == 2 and config.diagonal == "scalar" and tensor.shape[-1] != 1:
+            refuse(f"has a {name} of shape {tuple(tensor.shape)}")
+    if config.mode == "multiplicative" and r and factors["dlor_U"].shape != factors["dlor_V"].shape:
+        refuse(f"has U {tuple(factors['dlor_U'].shape)} and V {tuple(factors['dlor_V'].shape)}")
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

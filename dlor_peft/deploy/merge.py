@@ -1,0 +1,389 @@
+"""Adapters merged into a saved model, file by file: the model is never in memory.
+
+Every weight goes through `blocks.write_adapted`, as in `merge_and_unload`: the results are the same to the bit.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.metadata
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from .. import __version__
+from ..blocks import round_to_nearest
+from .adapter import SavedAdapter
+from .checkpoint import Checkpoint
+from .conversion import Unit, units
+from .rounding import ROUNDINGS, Stochastic, Survival
+from .skeleton import Change, Skeleton
+from .writing import Shards, new_folder, write_json
+
+RECORD = "dlor_merge.json"
+MIN_SURVIVED = 0.9
+"""Below this share of an update that is left after rounding, a merge warns."""
+
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+# of the base's folder: weights, and what is written anew
+_NOT_COPIED = (
+    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.h5",
+    "*.msgpack", "*.onnx", "*.gguf", "*.ot", "config.json", "README.md", "adapter_config.json", ".*", RECORD,
+)  # fmt: skip
+_TOKENIZER = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
+    "*.model", "*.tiktoken",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """How the merged model is written.
+
+    dtype       of all floating tensors; that of each tensor in the base where None
+    rounding    "nearest", or "stochastic", which keeps on average what is smaller than half a step
+    seed        of stochastic rounding
+    shard_size  of a file at most
+    untie       store what an adapter makes different of weights that were one
+    overwrite   replace a folder that is there
+    """
+
+    dtype: torch.dtype | None = None
+    rounding: str = "nearest"
+    seed: int = 0
+    shard_size: str = "5GB"
+    untie: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(f"{__name__}: rounding={self.rounding!r} is none of {', '.join(ROUNDINGS)}.")
+        if self.dtype not in (None, *_FLOATING):
+            raise ValueError(f"{__name__}: dtype={self.dtype} is none of {', '.join(map(str, _FLOATING))}.")
+
+
+@dataclass
+class Job:
+    """Tensors that are written together: the units they come from, and what becomes of each of their targets."""
+
+    unit: Unit | None
+    changes: Mapping[str, Change]  # name in the model -> change
+    outputs: dict[str, Tensor]  # name in the file -> shape and dtype
+    # where the base has no such tensor: a head, or one that was tied
+    only: str | None = None
+
+
+class Merge:
+    """What a merge will write, worked out from the names and shapes alone; then `write` writes it."""
+
+    def __init__(
+        self, base: Checkpoint, adapters: Sequence[SavedAdapter], options: MergeOptions | None = None
+    ) -> None:
+        """Plan it.
+
+        Args:
+            base: the model to merge into.
+            adapters: in the order of merging, each into the weight that those before it made.
+            options: see there.
+
+        Raises:
+            ValueError: an adapter does not fit the base; the base lacks a tensor; tied weights would become different.
+        """
+        if not adapters:
+            raise ValueError(f"{__name__}: there is no adapter to merge.")
+        self.base, self.adapters, self.options = base, adapters, options or MergeOptions()
+        self.skeleton = Skeleton(base, adapters)
+        self.survival: dict[str, Survival] = {}
+        self._rounding: Callable[[Tensor, Tensor], None] = round_to_nearest
+        self._units, self.dropped = units(base.specs, self._read_empty, self.skeleton.model)
+        self._unit_of = {target: unit for unit in self._units for target in unit.targets}
+        self.untied = self._resolve_ties()
+        self._check_complete()
+        self.jobs = [*self._planned_units(), *self._planned_additions()]
+
+    @property
+    def model_class(self) -> type[PreTrainedModel]:
+        """The class that the merged model is of."""
+        return type(self.skeleton.model)
+
+    @property
+    def class_name(self) -> str:
+        return self.model_class.__name__
+
+    def write(self, out: str | Path) -> dict[str, Any]:
+        """Write the model to the folder `out`, and return what `dlor_merge.json` in it records.
+
+        Raises:
+            FileExistsError: the folder is there.
+            OSError: it cannot be written; nothing is left of it.
+            ValueError: a merged weight is not finite.
+        """
+        self.survival.clear()
+        self._rounding = Stochastic(self.options.seed) if self.options.rounding == "stochastic" else round_to_nearest
+        tensors = {name: tensor for job in self.jobs for name, tensor in job.outputs.items()}
+        with new_folder(out, self.options.overwrite) as folder:
+            total = sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
+            with (
+                Shards(folder, tensors, self.options.shard_size) as shards,
+                tqdm(total=total, unit="B", unit_scale=True, desc="merging") as progress,
+            ):
+                for job in self.jobs:
+                    for name, tensor in self._run(job):
+                        shards.write(name, tensor)
+                        progress.update(tensor.numel() * tensor.dtype.itemsize)
+            self.base.close()
+            self._write_rest(folder)
+            record = self.record()
+            write_json(folder / RECORD, record)
+        self._warn_of_losses()
+        return record
+
+    def record(self) -> dict[str, Any]:
+        """What was merged into what, and what became of each update."""
+        packages = ("torch", "transformers", "peft", "safetensors")
+        return {
+            "base": {"source": self.base.folder.source, "revision": self.base.folder.revision},
+            "adapters": [
+                {"source": adapter.source, "revision": adapter.revision, "sha256": adapter.sha256}
+                for adapter in self.adapters
+            ],
+            "class": self.class_name,
+            "dtype": None if self.options.dtype is None else str(self.options.dtype).removeprefix("torch."),
+            "rounding": self.options.rounding,
+            "seed": self.options.seed if self.options.rounding == "stochastic" else None,
+            "layers": {
+                name: {
+                    "update_ratio": found.update_ratio,
+                    "survived": found.survived,
+                    "rounding_error": found.rounding_error,
+                }
+                for name, found in self.survival.items()
+            },
+            "dropped": self.dropped,
+            "untied": self.untied,
+            "versions": {"dlor-peft": __version__, **{name: importlib.metadata.version(name) for name in packages}},
+        }
+
+    def _read_empty(self, key: str) -> Tensor:
+        return self.base.specs[key].empty()
+
+    def _dtype(self, tensor: Tensor) -> torch.dtype:
+        return self.options.dtype if self.options.dtype is not None and tensor.is_floating_point() else tensor.dtype
+
+    def _resolve_ties(self) -> list[str]:
+        """Names in the model of what is to be stored besides, since it is tied no more."""
+        changes, untied = self.skeleton.changes, []
+        for names in self.skeleton.ties:
+            of_names = [changes.get(name, Change()) for name in names]
+            changed = [name for name in names if name in changes]
+            if not changed:
+                continue
+            if all(change.is_same(of_names[0]) for change in of_names[1:]):
+                changes.update(dict.fromkeys(names, changes[changed[0]]))
+                continue
+            if not self.options.untie:
+                others = [name for name in names if name not in changed] or names
+                raise ValueError(
+                    f"{' and '.join(names)} are one tensor in {self.base.folder.source}, and the adapter changes "
+                    f"{' and '.join(changed)} in another way than {' and '.join(others)}. Pass --untie to store each "
+                    "by itself, or train with ensure_weight_tying=True."
+                )
+            untied += names
+        return untied
+
+    def _check_complete(self) -> None:
+        """ValueError where a parameter of the model is neither in the base nor in an adapter."""
+        there = {*self._unit_of, *(name for name, c in self.skeleton.changes.items() if c.replacement is not None)}
+        tied = [names for names in self.skeleton.ties if there & set(names)]
+        there |= {name for names in tied for name in names}
+        missing = [name for name in self.skeleton.parameters if name not in there]
+        if missing:
+            raise ValueError(
+                f"{self.base.folder.source} does not match: the adapter was trained on a "
+                f"{self.class_name}, and neither the base nor the adapter has its {missing[0]} "
+                f"{tuple(self.skeleton.parameters[missing[0]].shape)}"
+                f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}."
+            )
+
+    def _planned_units(self) -> Iterator[Job]:
+        model = self.skeleton.model
+        in_model = model.state_dict()
+        for unit in self._units:
+            changes = {name: self.skeleton.changes[name] for name in unit.targets if name in self.skeleton.changes}
+            empty = unit.to_model(self._read_empty, model)
+            for name, tensor in empty.items():
+                if tensor.shape != in_model[name].shape and not (
+                    name in changes and changes[name].replacement is not None
+                ):
+                    raise ValueError(
+                        f"{self.base.folder.source} does not match its own configuration: {unit.sources[0]} has the "
+                        f"shape {tuple(tensor.shape)}, and {type(model).__name__} needs {tuple(in_model[name].shape)}."
+                    )
+                if name in changes and changes[name].layer is not None and tensor.dtype not in _FLOATING:
+                    raise ValueError(
+                        f"{self.base.folder.source}: {unit.sources[0]} is stored as {tensor.dtype}, which cannot be "
+                        f"adapted. Name the unquantised original as the base; {', '.join(map(str, _FLOATING))} work."
+                    )
+            if changes:
+                adapted = {name: self._planned(tensor, changes.get(name)) for name, tensor in empty.items()}
+                outputs = unit.to_checkpoint(adapted, model)
+            elif unit.converter is None:
+                outputs = unit.to_checkpoint(empty, model)
+            else:
+                outputs = {key: self._read_empty(key) for key in unit.sources}
+            yield Job(unit, changes, {name: self._cast(tensor) for name, tensor in outputs.items()})
+
+    def _planned_additions(self) -> Iterator[Job]:
+        """Heads that the base has not, and what was tied to another tensor."""
+        model = self.skeleton.model
+        additions = [name for name, c in self.skeleton.changes.items() if c.replacement is not None]
+        for name in dict.fromkeys([*self.untied, *additions]):
+            if name in self._unit_of:
+                continue
+            change = self.skeleton.changes.get(name, Change())
+            partners = [names for names in self.skeleton.ties if name in names]
+            if partners and name not in self.untied:
+                # still tied to a tensor that is written
+                continue
+            source = None
+            if change.replacement is None:
+                source = next(self._unit_of[other] for other in partners[0] if other in self._unit_of)
+            if source is None:
+                assert change.replacement is not None
+                planned = change.replacement.to("meta", self._base_dtype)
+            else:
+                planned = self._planned(source.to_model(self._read_empty, model)[source.targets[0]], change)
+            (key,) = Unit(name=name, targets=[name]).to_checkpoint({name: planned}, model)
+            yield Job(source, {name: change}, {key: self._cast(planned)}, only=name)
+
+    @cached_property
+    def _base_dtype(self) -> torch.dtype:
+        """Of most of the base: a head that was trained in float32 joins it."""
+        sizes: dict[torch.dtype, int] = {}
+        for spec in self.base.specs.values():
+            if spec.dtype in _FLOATING:
+                sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.num_bytes
+        return max(sizes, key=sizes.__getitem__, default=torch.float32)
+
+    def _planned(self, tensor: Tensor, change: Change | None) -> Tensor:
+        if change is not None and change.replacement is not None:
+            return tensor.new_empty(change.replacement.shape)
+        return tensor
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._dtype(tensor))
+
+    def _run(self, job: Job) -> Iterator[tuple[str, Tensor]]:
+        model, unit = self.skeleton.model, job.unit
+        if job.only is not None:
+            (key, planned), change = *job.outputs.items(), job.changes[job.only]
+            stored = None if unit is None else unit.to_model(self.base.read, model)[unit.targets[0]]
+            yield key, self._changed(job.only, stored, change, planned.dtype)
+            return
+        assert unit is not None
+        if not job.changes:
+            if unit.converter is None:
+                (key,) = job.outputs
+                yield key, self._cast(self.base.read(unit.sources[0]))
+                return
+            for key in unit.sources:
+                yield key, self._cast(self.base.read(key))
+            return
+        tensors = unit.to_model(self.base.read, model)
+        for name in list(tensors):
+            stored = tensors.pop(name)
+            change = job.changes.get(name)
+            tensors[name] = (
+                self._cast(stored) if change is None else self._changed(name, stored, change, self._dtype(stored))
+            )
+        yield from unit.to_checkpoint(tensors, model).items()
+
+    def _changed(self, name: str, stored: Tensor | None, change: Change, dtype: torch.dtype) -> Tensor:
+        W = stored if change.replacement is None else change.replacement
+        assert W is not None
+        if change.replacement is not None and stored is not None and change.layer is not None:
+            # an embedding that is saved along with its adapter, which the merge reads as it reads the base
+            W = W.to(stored.dtype)
+        if change.layer is not None:
+            survival = self.survival.setdefault(name, Survival())
+            merged = torch.empty(W.shape, dtype=dtype)
+            change.layer.write_merged(W, merged, change.adapters, rounding=self._rounding, look=survival.look)
+            if not all(map(torch.isfinite, torch.tensor([survival.R_R, survival.D_D]))):
+                raise ValueError(
+                    f"the merged {name} is not finite in {dtype}. The adapter is broken, or the weight leaves the "
+                    "range: merge to float32 or bfloat16 (--dtype)."
+                )
+            W = merged
+        for indices, rows in change.tokens:
+            W = W.index_copy(0, torch.tensor(indices), rows.to(W.dtype))
+        return W.to(dtype)
+
+    def _write_rest(self, folder: Path) -> None:
+        """Configuration, generation config, tokenizer, chat template, card."""
+        for path in self.base.folder.path.iterdir():
+            if path.is_file() and not _matches(path.name, _NOT_COPIED):
+                shutil.copyfile(path, folder / path.name)
+        for adapter in self.adapters:
+            if (adapter.folder / "tokenizer_config.json").is_file():
+                # with the tokens and the chat template that it was trained with
+                for path in adapter.folder.iterdir():
+                    if path.is_file() and _matches(path.name, _TOKENIZER):
+                        shutil.copyfile(path, folder / path.name)
+        write_json(folder / "config.json", self._config())
+        self._write_card(folder)
+
+    def _config(self) -> dict[str, Any]:
+        model, config = self.skeleton.model, dict(self.base.config)
+        config["architectures"] = [self.class_name]
+        if self.options.dtype is not None:
+            config.pop("torch_dtype", None)
+            config["dtype"] = str(self.options.dtype).removeprefix("torch.")
+        now = model.config.to_dict()
+        sections = [(config, now)]
+        sections += [
+            (config[key], now[key]) for key in now if isinstance(now[key], dict) and isinstance(config.get(key), dict)
+        ]
+        for section, current in sections:
+            if self.untied and section.get("tie_word_embeddings", section is config):
+                section["tie_word_embeddings"] = False
+            if "vocab_size" in section and "vocab_size" in current:
+                section["vocab_size"] = current["vocab_size"]
+        if "id2label" in now and len(config.get("id2label") or ("", "")) != model.config.num_labels:
+            config["id2label"], config["label2id"] = now["id2label"], now["label2id"]
+        return config
+
+    def _write_card(self, folder: Path) -> None:
+        adapters = [str(adapter.source) for adapter in self.adapters]
+        data = ModelCardData(library_name="transformers", tags=["dlor", "merged"])
+        listed = "\n".join(f"{at}. {source}" for at, source in enumerate(adapters, 1))
+        text = (
+            f"# Merged model\n\nThe weights of {self.base.folder.source} with these DLoR adapters merged into them, "
+            f"in this order:\n\n{listed}\n\nIt loads with transformers alone. `{RECORD}` says what was merged, and "
+            "how much of each update is left after rounding.\n"
+        )
+        ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
+
+    def _warn_of_losses(self) -> None:
+        lost = {name: found.survived for name, found in self.survival.items() if found.survived < MIN_SURVIVED}
+        if lost:
+            worst = min(lost, key=lost.__getitem__)
+            warnings.warn(
+                f"{__name__}: rounding dropped more than {1 - MIN_SURVIVED:.0%} of the update of {len(lost)} of "
+                f"{len(self.survival)} weights, the most of {worst}, of which {lost[worst]:.0%} is left. Merge to "
+                "float32 (--dtype float32), or with --rounding stochastic.",
+                stacklevel=3,
+            )
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
