@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="dlor",
-        description="Train, look at, merge and export DLoR adapters, a trainable diagonal plus low rank on frozen models.",
+        description="Train, look at, merge and export DLoR adapters: a trainable diagonal plus low rank.",
         epilog="dlor VERB --help says more. The shortest way to see it work: dlor train",
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)

@@ -136,9 +136,10 @@ class Skeleton:
         for key, module in model.named_modules():
             if isinstance(module, DLoRLayer) and adapter in module.form:
                 for factor in module.form[adapter].shapes:
+                    factors: Any = getattr(module, factor)
                     # a tied layer has the factors of another
                     if (tensor := stored.pop(f"{key}.{factor}.weight", None)) is not None:
-                        cast(Any, getattr(module, factor))[adapter].weight = nn.Parameter(tensor, requires_grad=False)
+                        factors[adapter].weight = nn.Parameter(tensor, requires_grad=False)
                 change = self.changes[f"{self._names[module.get_base_layer()]}.{module.parameter_name}"]
                 change.layer = module
                 change.adapters.append(adapter)
@@ -192,7 +193,7 @@ def _bare_model(base: Checkpoint, adapters: Sequence[SavedAdapter]) -> PreTraine
             raise ValueError(f"the adapters have classification heads for {sorted(labels)} labels: they do not mix.")
         config.num_labels = labels.pop()
     model = _on_meta(cls, config)
-    embedding = model.get_input_embeddings()
+    embedding: Any = model.get_input_embeddings()
     key = next((f"{name}.weight" for name, module in model.named_modules() if module is embedding), None)
     for adapter in adapters:
         for name in (key, key and key.replace(".weight", ".base_layer.weight")):

@@ -74,7 +74,7 @@ def _with_adapters(base: Path, adapters: Sequence[SavedAdapter], merged: Any, cl
         else:
             model = PeftModel.from_pretrained(model, str(adapter.folder), name)
     if len(names) > 1:
-        model.base_model.set_adapter(names)
+        cast(Any, model.base_model).set_adapter(names)
     return model
 
 
