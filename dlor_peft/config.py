@@ -13,7 +13,7 @@ from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import PeftType
 
 from . import __version__
-from .card import add_usage
+from .card import describe
 from .fields import document_fields
 
 MODES = ("additive", "scaled", "multiplicative")
@@ -140,9 +140,9 @@ class DLoRConfig(PeftConfig):
         return r, self.depth_pattern.get(get_pattern_key(list(self.depth_pattern), name), self.depth)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json, and into the model card how to load the adapter."""
+        """Write adapter_config.json, and into the model card what the adapter is and how to load it."""
         super().save_pretrained(save_directory, **kwargs)
-        add_usage(save_directory)
+        describe(save_directory)
 
     def _check_values(self) -> None:
         _check_choice("mode", self.mode, MODES)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Union
 
+from peft import PeftModel, helpers
 from peft import __version__ as peft_version
-from peft import helpers
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
@@ -19,8 +19,9 @@ from peft.tuners.mixed import model as mixed_model
 from peft.utils import hotswap as peft_hotswap
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
+from transformers import PreTrainedModel
 
-from . import hotswap, mixing
+from . import card, hotswap, mixing
 from .config import DLoRConfig
 from .layers import DLoRLayer
 from .model import DLoRModel
@@ -54,6 +55,7 @@ def register() -> None:
     _enable_hotswap(peft_type)
     _enable_rescaling()
     _enable_mixing(peft_type)
+    _enable_cards()
 
 
 def _enable_hotswap(peft_type: PeftType) -> None:
@@ -102,6 +104,44 @@ def _enable_mixing(peft_type: PeftType) -> None:
         _route(model, function, lambda self, *args, **kwargs: _has_layer(self))
 
 
+def _enable_cards() -> None:
+    """What PEFT writes into a model card is followed by what DLoR does, and reaches the Hub.
+
+    `push_to_hub` replaces the card that the model has just saved by the repository's former one or a template of
+    transformers. `Trainer.push_to_hub` writes its own, and has PEFT update it.
+    """
+
+    def write_card(original: Callable) -> Callable:
+        def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
+            if not _has_config(self):
+                return original(self, output_dir)
+            # PEFT replaces the tags
+            tags = card.read_tags(output_dir)
+            original(self, output_dir)
+            return card.describe(output_dir, tags=tags)
+
+        return create_or_update_model_card
+
+    def upload(original: Callable) -> Callable:
+        def _upload_modified_files(self: Any, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+            if _has_config(self):
+                if isinstance(self, PeftModel):
+                    self.create_or_update_model_card(working_dir)
+                card.describe(working_dir, source=repo_id)
+            return original(self, working_dir, repo_id, *args, **kwargs)
+
+        return _upload_modified_files
+
+    _wrap(PeftModel, "create_or_update_model_card", write_card)
+    _wrap(PeftModel, "_upload_modified_files", upload)
+    _wrap(PreTrainedModel, "_upload_modified_files", upload)
+
+
+def _has_config(model: Any) -> bool:
+    """Whether one of the adapters of a PeftModel or of transformers' own integration is DLoR's."""
+    return any(_is_ours(config) for config in getattr(model, "peft_config", {}).values())
+
+
 def _has_layer(model: Any) -> bool:
     return any(isinstance(module, DLoRLayer) for module in model.modules())
 
@@ -125,8 +165,8 @@ def _wrap(owner: ModuleType | type, name: str, wrap: Callable[[Callable], Callab
     if original is None:
         warnings.warn(
             f"dlor_peft.registration: PEFT {peft_version} has no {owner.__name__}.{name}, by which DLoR's part in "
-            "hot-swapping or PeftMixedModel is reached: they do not know DLoR. All else works; see the README for the "
-            "versions of PEFT that were tested.",
+            "hot-swapping, PeftMixedModel or the model cards on the Hub is reached: they do not know DLoR. All else "
+            "works; see the README for the versions of PEFT that were tested.",
             RuntimeWarning,
             stacklevel=2,
         )

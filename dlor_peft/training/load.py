@@ -8,7 +8,7 @@ from pathlib import Path
 from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dlor_peft.card import add_usage
+from dlor_peft.card import describe
 
 from .models import load_classifier, load_language_model
 from .schema import ModelSection
@@ -22,11 +22,11 @@ model, tokenizer = load_trained("path/of/this/adapter")
 """
 
 
-def save_base(folder: Path, model: ModelSection, labels: list[str] | None) -> None:
-    """Add to a saved adapter what `load_trained` needs, and to its card how to call it."""
+def save_base(folder: Path, model: ModelSection, labels: list[str] | None, training: dict[str, str]) -> None:
+    """Add to a saved adapter what `load_trained` needs, and to its card how to call it and how it was trained."""
     description = {"model": model.model_dump(mode="json"), "labels": labels}
     (folder / BASE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    add_usage(folder, USAGE)
+    describe(folder, USAGE, training)
 
 
 def load_trained(folder: str | Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:

@@ -15,6 +15,9 @@ from .folder import atomic
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import TrainingArguments
+
+    from .schema import Recipe
 
 PACKAGES = ("dlor-peft", "torch", "transformers", "peft", "trl", "datasets")
 
@@ -82,6 +85,27 @@ def save_curves(path: Path, history: list[dict[str, float]], results: dict[str, 
     metrics.legend()
     with atomic(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
+
+
+def training_facts(recipe: Recipe, arguments: TrainingArguments, results: dict[str, Any]) -> dict[str, str]:
+    """What the model card tells of the run: its data, how long and how fast it learned, and what came of it."""
+    data = recipe.data
+    parameters = results["parameters"]
+    facts = {
+        "task": recipe.task.type,
+        # of local files the names alone: the folders are nobody else's business
+        "data": " ".join(filter(None, (data.dataset, data.name)))
+        or ", ".join(f"{split}: {Path(file).name}" for split, file in data.files.items()),
+        "steps": str(results["steps"]),
+        "batch size": str(arguments.train_batch_size * arguments.gradient_accumulation_steps),
+        "learning rate": f"{arguments.learning_rate:g}",
+        "seed": str(recipe.seed),
+        "trainable parameters": f"{parameters['trainable']:,} of {parameters['total']:,}",
+    }
+    for metric, after in results["after"].items():
+        facts[f"{metric} on the test split"] = f"{after:.4f} ({results['before'][metric]:.4f} before training)"
+    versions = {package: number for package, number in installed_versions().items() if number}
+    return {**facts, "versions": ", ".join(f"{package} {number}" for package, number in versions.items())}
 
 
 def installed_versions() -> dict[str, str | None]:

@@ -14,7 +14,14 @@ from transformers import set_seed
 from .configs import build_adapter_config, build_training_arguments
 from .folder import RunFolder, atomic
 from .load import save_base
-from .report import installed_versions, parameter_table, result_table, save_curves, trainable_parameters
+from .report import (
+    installed_versions,
+    parameter_table,
+    result_table,
+    save_curves,
+    trainable_parameters,
+    training_facts,
+)
 from .schema import Recipe
 from .states import check_states
 from .task import Task
@@ -70,19 +77,21 @@ def _train(recipe: Recipe, task: Task[Any], folder: RunFolder, clock: _Clock) ->
         trained = task.run(model)
         after = task.measure(trainer, trained)
     _check_finite(after)
-    with clock("save"), atomic(folder.adapter) as partial:
-        model.save_pretrained(str(partial))
-        task.tokenizer.save_pretrained(partial)
-        save_base(partial, recipe.model, task.labels)
-    with clock("states"):
-        states = check_states(task, trained, folder.adapter, model.device)
     results = {
         "before": before,
         "after": after,
         "baseline": baseline,
-        "states": states,
         "steps": trainer.state.global_step,
         "parameters": parameters,
+    }
+    with clock("save"), atomic(folder.adapter) as partial:
+        model.save_pretrained(str(partial))
+        task.tokenizer.save_pretrained(partial)
+        save_base(partial, recipe.model, task.labels, training_facts(recipe, trainer.args, results))
+    with clock("states"):
+        states = check_states(task, trained, folder.adapter, model.device)
+    results |= {
+        "states": states,
         "seconds": clock.seconds(),
         "versions": installed_versions(),
         "recipe": recipe.model_dump(mode="json"),

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 from dlor_peft.cli import main
@@ -88,3 +89,32 @@ def test_the_card_s_lines_load_the_adapter(write_recipe, tmp_path):
     assert sorted(model.config.id2label.values()) == ["card", "cash", "pin", "rate"]
     with torch.no_grad():
         assert model(**tokenizer("my card is lost", return_tensors="pt")).logits.shape == (1, 4)
+
+
+def test_the_card_tells_of_the_training(write_recipe, tmp_path):
+    assert main(["train", str(write_recipe())]) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    text = (tmp_path / "out" / "adapter" / "README.md").read_text()
+    accuracy, before = metrics["after"]["accuracy"], metrics["before"]["accuracy"]
+    for row in [
+        "| task | text-classification |",
+        "| data | dev: dev.jsonl, test: test.jsonl, train: train.jsonl |",
+        "| steps | 2 |",
+        "| batch size | 8 |",
+        "| learning rate | 0.01 |",
+        "| seed | 0 |",
+        f"| accuracy on the test split | {accuracy:.4f} ({before:.4f} before training) |",
+        "| mode | `scaled` |",
+    ]:
+        assert f"{row}\n" in text
+
+
+def test_the_card_of_another_method_does_not_claim_to_be_dlor_s(write_recipe, tmp_path):
+    adapter = {"peft_type": "LORA", "target_modules": "all-linear"}
+    assert main(["train", str(write_recipe(adapter=adapter))]) == 0
+    card = ModelCard.load(tmp_path / "out" / "adapter" / "README.md")
+    assert "lora" in card.data.tags
+    assert "dlor" not in card.data.tags
+    assert "DLoR" not in card.text
+    assert "| steps | 2 |" in card.text
+    assert "load_trained(" in card.text
