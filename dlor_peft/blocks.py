@@ -69,6 +69,16 @@ def write_adapted(
             look(before, adapted, out[rows, columns])
 
 
+@torch.no_grad()
+def update_blocks(W: Tensor, part: Part) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Rows and columns of a block, and there W and W' - W, in float32 or wider. W is (O, I K)."""
+    wide_dtype = torch.promote_types(W.dtype, torch.float32)
+    residual = part.residual.to(wide_dtype)
+    for rows, columns in _blocks(W, {part.form.mixes}):
+        before = W[rows, columns].to(wide_dtype)
+        yield rows, columns, before, part.form.delta_weight(residual, before, part.scale, rows.start)
+
+
 def _blocks(W: Tensor, mixes: set[str | None]) -> Iterator[tuple[slice, slice]]:
     num_rows, num_columns = W.shape
     if mixes >= {"rows", "columns"}:

@@ -86,6 +86,34 @@ def slogdet(d: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     """
     require_float("maths.slogdet", d, U, V)
     _require_square("maths.slogdet", U, V)
+    S, d_other = _bordered(d, U, V)
+    sign, logabsdet = torch.linalg.slogdet(S)
+    return sign * d_other.sign().prod(), logabsdet + d_other.abs().log().sum()
+
+
+@torch.no_grad()
+def is_invertible(d: Tensor, U: Tensor, V: Tensor) -> bool:
+    """Whether M is invertible: whether the bordered matrix of `slogdet` is, up to the rounding of what it sums.
+
+    Square M only; O(n r^2 + (z + r)^3). U and V, and the rows in z, may be of very different sizes.
+    """
+    require_float("maths.is_invertible", d, U, V)
+    _require_square("maths.is_invertible", U, V)
+    size_U, size_V = U.norm(dim=0), V.norm(dim=0)
+    balance = (size_V / size_U).sqrt().where((size_U > 0) & (size_V > 0), 1)
+    S, _ = _bordered(d, U * balance, V / balance)
+    z = S.shape[0] - U.shape[1]
+    least = torch.finfo(S.dtype).tiny
+    if z:
+        S[:z] /= S[:z].abs().amax(1, keepdim=True).clamp_min(least)
+        S[:, :z] /= S[:, :z].abs().amax(0).clamp_min(least)
+    summed = S.clone()
+    summed[z:, z:] -= torch.eye(U.shape[1], dtype=S.dtype, device=S.device)
+    return not _is_singular(S, summed)
+
+
+def _bordered(d: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """The bordered matrix of `slogdet`, rows in z first, and d_o."""
     d = d.expand(U.shape[0])
     with torch.no_grad():
         tiny = d.abs() <= torch.finfo(d.dtype).eps ** 0.25 * U.norm(dim=1) * V.norm(dim=1)
@@ -93,8 +121,28 @@ def slogdet(d: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     S = _plus_identity((V[~tiny] / d_other[:, None]).mT @ U[~tiny])
     if tiny.any():
         S = torch.cat([torch.cat([d[tiny].diag(), -U[tiny]], dim=1), torch.cat([V[tiny].mT, S], dim=1)])
-    sign, logabsdet = torch.linalg.slogdet(S)
-    return sign * d_other.sign().prod(), logabsdet + d_other.abs().log().sum()
+    return S, d_other
+
+
+@torch.no_grad()
+def singular_values(U: Tensor, V: Tensor) -> Tensor:
+    """Those of U V^T that may differ from 0, (min(p, q, r),), largest first, by R_U R_V^T as in `spectral_norm`.
+
+    Their squares sum to ||U V^T||_F^2. O((p + q) r^2).
+    """
+    require_float("maths.singular_values", U, V)
+    return torch.linalg.svdvals(torch.linalg.qr(U)[1] @ torch.linalg.qr(V)[1].mT)
+
+
+def effective_rank(sizes: Tensor) -> Tensor:
+    """exp(-sum_i p_i log p_i), p_i = sizes_i / sum(sizes), of singular values >= 0: between 1 and their number.
+
+    A scalar tensor; 0 where all of them are. Source: Roy & Vetterli, EUSIPCO 2007.
+    """
+    total = sizes.sum()
+    if total == 0:
+        return torch.zeros_like(total)
+    return torch.special.entr(sizes / total).sum().exp()
 
 
 def spectral_norm(U: Tensor, V: Tensor) -> Tensor:
@@ -144,9 +192,13 @@ def alignment_index(delta: Tensor, W: Tensor) -> Tensor:
         )
     dtype = torch.promote_types(torch.promote_types(delta.dtype, W.dtype), torch.float32)
     delta, W = delta.to(dtype), W.to(dtype)
-    along = row_coefficients(delta, W)[:, None] * W
-    total = delta.square().sum()
-    return W.shape[1] * along.square().sum() / total.where(total > 0, 1)
+    return alignment_of_sums((delta * W).sum(1), W.square().sum(1), delta.square().sum(), W.shape[1])
+
+
+def alignment_of_sums(products: Tensor, squares: Tensor, total: Tensor, width: int) -> Tensor:
+    """`alignment_index` from <delta_i, W_i> (O,), ||W_i||^2 (O,) and ||delta||_F^2, for W of `width` columns."""
+    along = products.square() / squares.where(squares > 0, 1)
+    return width * along.sum() / total.where(total > 0, 1)
 
 
 def row_coefficients(delta: Tensor, W: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from dlor_peft.cli import main
 HELP = {
     "": ["train", "inspect", "dlor train"],
     "train": ["adapter.peft_type=LORA", "--explain", "--overwrite", "an empty value drops a key", "smol-lm-sft"],
-    "inspect": ["ADAPTER_DIR", "adapter_model.safetensors"],
+    "inspect": ["ADAPTER", "--base", "--plot", "--json", "Roy & Vetterli", "have no such map"],
+    "merge": ["--adapter", "dlor_merge.json"],
 }
 
 
@@ -50,8 +51,9 @@ def test_help_answers_in_under_a_second(verb):
     assert min(seconds) < 1
 
 
-def test_help_fits_the_terminal():
-    assert max(map(len, run_dlor("train", "--help").stdout.splitlines())) <= 119
+@pytest.mark.parametrize("verb", ["train", "inspect", "merge"])
+def test_help_fits_the_terminal(verb):
+    assert max(map(len, run_dlor(verb, "--help").stdout.splitlines())) <= 119
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,7 @@ def test_help_fits_the_terminal():
         (["train", "quickstart", "smol-lm-sft"], "dlor: error: 'smol-lm-sft': one recipe, then overrides"),
         (["train", "adapter.rr=4"], "dlor: error: adapter.rr: no field of DLoRConfig."),
         (["train", "model.path=package:no-such-model"], "dlor-peft's extra 'quickstart'"),
-        (["inspect", "nowhere"], "dlor: error: nowhere is not a saved adapter: there is no such folder."),
+        (["inspect", "./nowhere"], "dlor: error: there is no folder ./nowhere"),
     ],
 )
 def test_user_errors_are_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
@@ -116,15 +118,14 @@ def test_ctrl_c_is_one_line_and_exit_code_130(tmp_path):
 def test_inspect_lists_layers_facts_and_totals(adapter, capsys):
     assert main(["inspect", str(adapter)]) == 0
     output = capsys.readouterr().out
-    first, second = (line for line in output.splitlines() if "1x" in line and "U" in line and "||" not in line)
-    assert first.split()[:6] == ["0", "2", "1", "24", "0.5", "0"]
-    assert second.split()[:6] == ["2", "2", "1", "24", "0", "0"]
-    assert "U 1x6x2" in first
-    assert "V 1x4x2" in first
-    assert "diag 1x4" in first
+    first, second = (line.split() for line in output.splitlines() if " scaled " in line and "mode" not in line)
+    assert first[:8] == ["0", "scaled", "input", "1", "2", "24", "1", "0"]
+    assert second[:8] == ["2", "scaled", "output", "1", "2", "24", "0", "0"]
+    # nothing has been learned: that is any of them
+    assert second[-2:] == ["LoRA", "DoRA"]
     assert "mode: scaled" in output
-    assert "2 layers, 48 parameters in DLoR tensors" in output
-    assert "10 parameters saved in full: 3.bias 2, 3.weight 2x4" in output
+    assert "2 layers, 48 parameters in DLoR tensors, 192 bytes" in output
+    assert "10 parameters saved in full, 40 bytes: 3.bias 2, 3.weight 2x4" in output
 
 
 def damage_config(folder):

@@ -11,8 +11,11 @@ from dlor_peft.maths import (
     apply,
     collapse,
     condition_bound,
+    effective_rank,
     inverse,
+    is_invertible,
     materialise,
+    singular_values,
     slogdet,
     spectral_norm,
 )
@@ -302,3 +305,43 @@ def test_square_and_precision_are_required(function):
 def test_spectral_norm_requires_precision():
     with pytest.raises(TypeError, match=r"spectral_norm: got torch.float16"):
         spectral_norm(torch.ones(3, 1).half(), torch.ones(3, 1).half())
+
+
+@given(seeds, sizes, ranks, st.booleans(), st.integers(0, 3), dtypes)
+@law
+def test_an_invertible_matrix_is_one_and_loses_it_with_a_row(seed, n, r, scalar, num_zero, dtype):
+    d, U, V = random(seed, (1 if scalar else n,), (n, r), (n, r), dtype=dtype)
+    d = away_from_zero(d)
+    if not scalar:
+        d[:num_zero] = 0
+    M = materialise(d, U, V).double()
+    sizes = torch.linalg.svdvals(M)
+    assume(sizes[-1] > 1e-4 * sizes[0] or sizes[-1] < 1e-14 * sizes[0])
+    assert is_invertible(d, U, V) == bool(sizes[-1] > 1e-4 * sizes[0])
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-12, 1e12])
+def test_invertible_whatever_the_sizes(size):
+    d = torch.tensor([1.0, 0.0, 1e-18], dtype=torch.float64)
+    e = torch.eye(3, dtype=torch.float64)
+    assert not is_invertible(d, size * e[:, :1], e[:, :1] / size)
+    assert is_invertible(d, size * e[:, 1:2], e[:, 1:2] / size)
+    assert not is_invertible(d + 1, -size * e[:, :1] * 2, e[:, :1] / size / 2 * 2)
+    assert not is_invertible(torch.ones(1, dtype=torch.float64), -size * e[:, :1], e[:, :1] / size)
+    assert not is_invertible(d, e[:, :0], e[:, :0])
+    assert is_invertible(d + 1, e[:, :0], e[:, :0])
+
+
+@given(seeds, sizes, sizes, ranks, dtypes)
+@law
+def test_singular_values_are_the_dense_ones(seed, p, q, r, dtype):
+    U, V = random(seed, (p, r), (q, r), dtype=dtype)
+    got = singular_values(U, V)
+    assert got.shape == (min(p, q, r),)
+    assert relative(got, torch.linalg.svdvals(U @ V.mT)[: len(got)]) < EXACT[dtype]
+
+
+def test_effective_rank_counts_equal_values_and_ignores_small_ones():
+    assert effective_rank(torch.tensor([2.0, 2.0, 2.0, 0.0])).item() == pytest.approx(3)
+    assert 1 < effective_rank(torch.tensor([1.0, 1e-3])).item() < 1.02
+    assert effective_rank(torch.zeros(3)) == effective_rank(torch.zeros(0)) == 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
-from dlor_peft.inspect_adapter import format_table
+from dlor_peft.deploy.tables import format_table
 
 from .folder import atomic
 
