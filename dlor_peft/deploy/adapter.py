@@ -150,8 +150,31 @@ def _check_layer(module: str, factors: Mapping[str, Tensor], config: DLoRConfig,
             refuse(f"has a {name} of shape {tuple(tensor.shape)}")
         if rank == 2 and config.diagonal == "scalar" and tensor.shape[-1] != 1:
             refuse(f"has a {name} of shape {tuple(tensor.shape)}")
-    if config.mode == "multiplicative" and r and factors["dlor_U"].shape != factors["dlor_V"].shape:
-        refuse(f"has U {tuple(factors['dlor_U'].shape)} and V {tuple(factors['dlor_V'].shape)}")
+    if len({tensor.shape[1:-1] if "diag" in name else tensor.shape[1:-2] for name, tensor in factors.items()}) > 1 or (
+        not _widths_agree(factors, config)
+    ):
+        refuse(f"has {', '.join(f'a {name} of shape {tuple(tensor.shape)}' for name, tensor in factors.items())}")
+
+
+def _widths_agree(factors: Mapping[str, Tensor], config: DLoRConfig) -> bool:
+    """Whether one layer can have all of these, a convolution among them: V has a row for each tap of a channel."""
+    width = {name: tensor.shape[-1 if "diag" in name else -2] for name, tensor in factors.items()}
+    d, p, q = (width.get(name) for name in ("dlor_diag", "dlor_U", "dlor_V"))
+    if p is None or q is None:
+        return True
+    if config.mode == "multiplicative" and p != q:
+        return False
+    if config.diagonal != "vector" or d is None:
+        return True
+    on_output, on_input = d == p, d > 0 and q % d == 0
+    if config.mode == "multiplicative":
+        return on_output
+    if config.mode == "additive":
+        return on_output or (d < p and on_input)
+    if config.side == "both":
+        d_in = width["dlor_diag_in"]
+        return on_output and d_in > 0 and q % d_in == 0
+    return {"output": on_output, "input": on_input}.get(config.side, on_output or on_input)
 
 
 def natural(name: str) -> list[tuple[int, str]]:
