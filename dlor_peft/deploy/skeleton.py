@@ -7,7 +7,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
@@ -227,7 +227,7 @@ def _model_class(config: PretrainedConfig, adapters: Sequence[SavedAdapter], sou
     names = [*recorded, *(config.architectures or ())]
     for name in names:
         cls = getattr(transformers, name, None)
-        if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
+        if isinstance(cls, type) and issubclass(cls, PreTrainedModel) and isinstance(config, cls.config_class or ()):
             return task, cls
     raise ValueError(
         f"{source} is a {', '.join(names) or 'model of unknown class'}, which is none of transformers' models. Load "
