@@ -22,6 +22,8 @@ WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 FACTORS = ("dlor_diag", "dlor_diag_in", "dlor_U", "dlor_V")
 
+# of the configuration: what no default may stand in for
+_REQUIRED = ("mode", "side", "diagonal", "r", "depth")
 _KEY = re.compile(rf"(?P<module>.+)\.(?P<tensor>{'|'.join(FACTORS)})\.weight")
 
 
@@ -82,6 +84,8 @@ def _read_config(folder: Path) -> DLoRConfig:
     if not isinstance(fields, dict) or fields.get("peft_type") != "DLOR":
         kind = fields.get("peft_type") if isinstance(fields, dict) else None
         raise ValueError(f"{folder} is not a DLoR adapter: its peft_type is {kind!r}, not 'DLOR'.")
+    if missing := [name for name in _REQUIRED if name not in fields]:
+        raise ValueError(f"{path} is damaged: it has no {', '.join(missing)}. Save the adapter again.")
     try:
         config = PeftConfig.from_peft_type(**fields)
     except Exception as error:

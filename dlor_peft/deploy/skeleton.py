@@ -227,7 +227,6 @@ def _model_class(config: PretrainedConfig, adapters: Sequence[SavedAdapter], sou
     names = [*recorded, *(config.architectures or ())]
     for name in names:
         cls = getattr(transformers, name, None)
-        # the record may be of a model of another architecture than this base
         if isinstance(cls, type) and issubclass(cls, PreTrainedModel) and isinstance(config, cls.config_class or ()):
             return task, cls
     raise ValueError(
