@@ -27,8 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, ImportError, OSError) as error:
         if os.environ.get(TRACEBACK) == "1":
             raise
-        print(f"dlor: error: {error}", file=sys.stderr)
+        print(f"dlor: error: {_one_line(str(error))}", file=sys.stderr)
         return 2
+
+
+def _one_line(message: str) -> str:
+    """Without line breaks, and without what a terminal would act on: names in damaged files may hold anything."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(message.split()))
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -54,7 +54,8 @@ class Checkpoint:
         """
         self.folder: Folder = fetch_folder(source, SMALL_FILES, revision)
         self.config: dict[str, Any] = self._read_json("config.json")
-        method = (self.config.get("quantization_config") or {}).get("quant_method")
+        quantization = self.config.get("quantization_config")
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         if method is not None:
             raise ValueError(
                 f"{source} is quantised ({method}): what an adapter adds would be rounded to its few levels. Name the "
@@ -98,9 +99,11 @@ class Checkpoint:
             if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
                 raise ValueError(f"{folder / INDEX} is damaged: it has no weight_map of names.")
             names = sorted(set(weight_map.values()))
-            outside = [name for name in names if Path(name).name != name]
-            if outside:
-                raise ValueError(f"{folder / INDEX} names {outside[0]!r}, which is outside of the folder.")
+            others = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
+            if others:
+                raise ValueError(
+                    f"{folder / INDEX} names {others[0]!r}, which is outside of the folder or no safetensors file."
+                )
             return names
         return [SINGLE]
 

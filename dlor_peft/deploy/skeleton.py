@@ -184,8 +184,7 @@ def _name_of(key: str) -> str:
 
 
 def _bare_model(base: Checkpoint, adapters: Sequence[SavedAdapter]) -> PreTrainedModel:
-    path = base.folder.path
-    config = AutoConfig.from_pretrained(path)
+    config = _config(base)
     task, cls = _model_class(config, adapters, base.folder.source)
     labels = {count for adapter in adapters if (count := _num_labels(adapter))}
     if task in _WITH_LABELS and labels and labels != {config.num_labels}:
@@ -206,10 +205,24 @@ def _bare_model(base: Checkpoint, adapters: Sequence[SavedAdapter]) -> PreTraine
     return model
 
 
+def _config(base: Checkpoint) -> Any:
+    path = base.folder.path
+    try:
+        # a model that brings its own code is none of transformers'
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:
+        # whatever a field of the wrong kind leads to
+        raise ValueError(f"{path / 'config.json'} is of no model that transformers knows: {error}") from error
+
+
 def _on_meta(cls: Any, config: PretrainedConfig) -> PreTrainedModel:
     make = cls.from_config if cls.__name__.startswith("Auto") else cls._from_config
-    with torch.device("meta"):
-        model = make(config)
+    try:
+        with torch.device("meta"):
+            model = make(config)
+    except Exception as error:
+        # sizes that do not go together
+        raise ValueError(f"config.json of the base does not make a {cls.__name__}: {error}") from error
     model.tie_weights()
     return model
 
