@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -24,6 +25,9 @@ FACTORS = ("dlor_diag", "dlor_diag_in", "dlor_U", "dlor_V")
 
 # of the configuration: what no default may stand in for
 _REQUIRED = ("mode", "side", "diagonal", "r", "depth")
+# what PEFT takes down, and does not check
+_RECORDS = ("base_model_name_or_path", "revision", "peft_version", "dlor_version")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _KEY = re.compile(rf"(?P<module>.+)\.(?P<tensor>{'|'.join(FACTORS)})\.weight")
 
 
@@ -86,6 +90,10 @@ def _read_config(folder: Path) -> DLoRConfig:
         raise ValueError(f"{folder} is not a DLoR adapter: its peft_type is {kind!r}, not 'DLOR'.")
     if missing := [name for name in _REQUIRED if name not in fields]:
         raise ValueError(f"{path} is damaged: it has no {', '.join(missing)}. Save the adapter again.")
+    mapping = fields.get("auto_mapping") or {}
+    records = {**{name: fields.get(name) for name in _RECORDS}, **(mapping if isinstance(mapping, dict) else {"": 0})}
+    if not all(isinstance(value, str | None) for value in records.values()):
+        raise ValueError(f"{path} is damaged: {', '.join(_RECORDS)} and what is in auto_mapping are text or null.")
     try:
         config = PeftConfig.from_peft_type(**fields)
     except Exception as error:
@@ -105,8 +113,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged or truncated ({error}). Save or copy the adapter again.") from error
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{path}: {key} has the dtype {tensor.dtype}, where floating point is stored.")
+        if tensor.dtype not in _DTYPES:
+            known = ", ".join(map(str, _DTYPES))
+            raise ValueError(f"{path}: {key} has the dtype {tensor.dtype}, where an adapter has one of {known}.")
         if not tensor.isfinite().all():
             raise ValueError(
                 f"{path}: {key} holds NaN or infinity. The training that made it diverged, or the file is damaged: go "

@@ -172,6 +172,11 @@ class Skeleton:
         self.changes[name].replacement = tensor
 
     def _add_tokens(self, name: str, indices: list[int], rows: Tensor) -> None:
+        num_rows = self.parameters[name].shape[0]
+        if (highest := max(indices, default=0)) >= num_rows:
+            raise ValueError(
+                f"an adapter trains token {highest} of {name}, which has {num_rows} rows in {self.model.name_or_path}."
+            )
         tokens = self.changes[name].tokens
         if {index for others, _ in tokens for index in others} & set(indices):
             raise ValueError(f"two of the adapters train the same token of {name}: only one of them can be merged.")

@@ -12,7 +12,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tiny_models import adapted, build
 
 from dlor_peft.cli import main
@@ -21,11 +22,12 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FORMS = {
     "scaled-both": {"modules_to_save": ["lm_head"], "rank_pattern": {"up_proj": 2}},
     "multiplicative-output-3": {"depth_pattern": {"q_proj": 1}},
-    "scaled": {"bias": "dlor_only"},
+    "scaled": {"bias": "dlor_only", "task_type": None},
+    "additive": {"trainable_token_indices": [1, 5]},
 }
 
 fuzz = settings(
-    deadline=None, max_examples=60, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=40, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -35,7 +37,7 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     build("llama").save_pretrained(folder / "base")
     for form, options in FORMS.items():
-        adapted("llama", form, task_type="CAUSAL_LM", **options).save_pretrained(folder / form)
+        adapted("llama", form, **{"task_type": "CAUSAL_LM", **options}).save_pretrained(folder / form)
     return folder
 
 
@@ -66,7 +68,11 @@ def merged_by_hand(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
     for key, tensor in load_file(adapter / WEIGHTS).items():
         name = key.removeprefix("base_model.model.").replace(".base_layer", "")
         module, _, factor = name.removesuffix(".weight").rpartition(".")
-        if factor.startswith("dlor_"):
+        if factor == "trainable_tokens_delta":
+            name = f"{module.removesuffix('.token_adapter')}.weight"
+            (indices,) = [config["trainable_token_indices"]]
+            tensors[name] = tensors[name].index_copy(0, torch.tensor(indices), tensor)
+        elif factor.startswith("dlor_"):
             factors.setdefault(f"{module}.weight", {})[factor] = tensor.double()
         else:
             assert tensor.shape == tensors[name].shape
@@ -101,7 +107,7 @@ def check(saved, adapter, tmp_path) -> None:
     """Inspecting and merging it succeed or fail in order; what is merged is all that the files hold."""
     out = tmp_path / "out"
     inspected, _ = run("inspect", adapter)
-    with_base, _ = run("inspect", adapter, "--base", saved / "base")
+    with_base = inspected or run("inspect", adapter, "--base", saved / "base")[0]
     code, _ = merge(saved, adapter, out)
     beside = {path.name for path in tmp_path.iterdir()} - {adapter.name}
     # a merge may be refused for more than an inspection: weights that would not be finite
@@ -213,7 +219,8 @@ def test_changed_headers(saved, tmp_path, data, form):
 words = st.sampled_from(
     ["additive", "scaled", "multiplicative", "input", "output", "both", "auto", "none", "scalar", "vector", "all",
      "dlor_only", "all-linear", "q_proj", "(", "(a+)+$", "*", "SEQ_CLS", "CAUSAL_LM", "TOKEN_CLS", "LORA",
-     "FEATURE_EXTRACTION", "\ud800", "\x1b[31m", "a\nb", "../..", "layers"]
+     "FEATURE_EXTRACTION", "\ud800", "\x1b[31m", "a\nb", "../..", "layers", "up_proj.weight", "lm_head",
+     "embed_tokens"]
 )  # fmt: skip
 scalars = st.none() | st.booleans() | numbers | st.floats() | words | st.text(max_size=8)
 json_values = st.recursive(
@@ -223,7 +230,7 @@ json_values = st.recursive(
 
 
 @given(st.data(), forms)
-@settings(fuzz, max_examples=120)
+@settings(fuzz, max_examples=60)
 def test_changed_configurations(saved, tmp_path, data, form):
     adapter = copied(saved, form, tmp_path)
     fields = json.loads((adapter / CONFIG).read_text())
@@ -259,6 +266,43 @@ def test_other_files(content, name, saved, tmp_path):
     (adapter / name).write_bytes(content)
     check(saved, adapter, tmp_path)
     assert run("inspect", adapter)[0] == 2
+
+
+@pytest.mark.parametrize("value", [3, True, ["base"], {"base_model_class": []}, {"base_model_class": 3}, "\ud800", ""])
+@pytest.mark.parametrize("name", ["base_model_name_or_path", "auto_mapping", "revision", "task_type", "peft_version"])
+def test_what_peft_takes_down(name, value, saved, tmp_path):
+    adapter = copied(saved, "scaled", tmp_path)
+    fields = json.loads((adapter / CONFIG).read_text())
+    (adapter / CONFIG).write_text(json.dumps({**fields, "base_model_name_or_path": str(saved / "base"), name: value}))
+    check(saved, adapter, tmp_path)
+    run("merge", "--adapter", adapter, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("indices", [[1, 40], [1, 2**31], [1, 2**70], [1], [], None, {"embed_tokens": [1, 5, 6]}])
+def test_tokens_that_there_are_not(indices, saved, tmp_path):
+    adapter = copied(saved, "additive", tmp_path)
+    fields = json.loads((adapter / CONFIG).read_text())
+    (adapter / CONFIG).write_text(json.dumps({**fields, "trainable_token_indices": indices}))
+    check(saved, adapter, tmp_path)
+    assert merge(saved, adapter, tmp_path / "out")[0] == 2
+
+
+ALLOWED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+DTYPES_OF_TORCH = {d for d in vars(torch).values() if isinstance(d, torch.dtype) and not d.is_complex}
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES_OF_TORCH, key=str), ids=str)
+def test_every_dtype(dtype, saved, tmp_path):
+    adapter = copied(saved, "scaled", tmp_path)
+    try:
+        tensors = {key: tensor.to(dtype) for key, tensor in load_file(adapter / WEIGHTS).items()}
+        save_file(tensors, adapter / WEIGHTS)
+    except (KeyError, RuntimeError, SafetensorError):
+        pytest.skip("cannot be written")
+    check(saved, adapter, tmp_path)
+    assert (run("inspect", adapter)[0] == 0) == (
+        dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    )
 
 
 def remove(path):
