@@ -7,9 +7,12 @@ import sys
 import pytest
 import torch
 from peft import get_peft_model
+from saved import adapt
 from tiny_models import FORMS, TARGETS, adapted, base_weights, build, config_of, dense, layers, small
 from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
+from dlor_peft import DLoRConfig
 from dlor_peft.cli import main
 from dlor_peft.deploy.adapter import read_adapter
 from dlor_peft.deploy.checkpoint import Checkpoint
@@ -234,6 +237,33 @@ def test_a_tied_embedding_is_read_from_the_tensor_it_shares(tmp_path):
         W = module._as_matrix(module.get_base_layer().weight.detach())
         assert layer.weight is not None
         assert layer.weight.relative_update == pytest.approx((delta.norm() / W.norm()).item(), rel=1e-5)
+
+
+def test_experts_are_read_from_the_weights_that_make_them_up(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 40}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    base = MixtralForCausalLM(MixtralConfig(**sizes, **heads, num_local_experts=4)).to(torch.bfloat16)
+    targets = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    model = adapt(base, DLoRConfig(r=2, mode="multiplicative", init_weights=False, **targets), tmp_path)
+    adapter = read_adapter(tmp_path / "adapter")
+    report = inspect_adapter(adapter, Checkpoint(tmp_path / "base"))
+    modules = layers(model.base_model.model)
+    assert {layer.experts for layer in report.layers} == {None, 4}
+    assert len(report.layers) == 6
+    alone = {layer.module: layer for layer in inspect_adapter(adapter).layers}
+    for layer in report.layers:
+        module = modules[layer.module]
+        delta, W = module.delta_matrix("default"), module._as_matrix(module.get_base_weight())
+        assert layer.weight is not None
+        assert layer.weight.name.endswith(module.parameter_name)
+        assert layer.weight.relative_update == pytest.approx((delta.norm() / W.float().norm()).item(), rel=1e-4)
+        pairs = zip(delta, W, strict=True) if layer.experts else [(delta, W)]
+        indices = [alignment_index(one, of.float()).item() for one, of in pairs]
+        assert layer.weight.alignment_rows == pytest.approx(sum(indices) / len(indices), rel=1e-3)
+        assert layer.frobenius_norm == alone[layer.module].frobenius_norm
+        assert layer.invertible
+        assert layer.condition_bound == alone[layer.module].condition_bound
 
 
 def test_a_base_that_does_not_match_is_named(bases, tmp_path, capsys):
