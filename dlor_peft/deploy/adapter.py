@@ -27,6 +27,7 @@ FACTORS = ("dlor_diag", "dlor_diag_in", "dlor_U", "dlor_V")
 _REQUIRED = ("mode", "side", "diagonal", "r", "depth")
 # what PEFT takes down, and does not check
 _RECORDS = ("base_model_name_or_path", "revision", "peft_version", "dlor_version")
+_MAX_SIZE = 2**20
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _KEY = re.compile(rf"(?P<module>.+)\.(?P<tensor>{'|'.join(FACTORS)})\.weight")
 
@@ -100,6 +101,9 @@ def _read_config(folder: Path) -> DLoRConfig:
         # whatever a field of the wrong kind leads to, in PEFT too
         raise ValueError(f"{path} is not what save_pretrained writes: {error}. Save the adapter again.") from error
     assert isinstance(config, DLoRConfig)
+    sizes = (config.r, config.depth, *config.rank_pattern.values(), *config.depth_pattern.values())
+    if max(sizes) > _MAX_SIZE:
+        raise ValueError(f"{path} is damaged: a rank or depth of {max(sizes)} is more than any layer has.")
     return config
 
 

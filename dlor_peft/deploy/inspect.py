@@ -142,10 +142,8 @@ def inspect_adapter(adapter: SavedAdapter, base: Checkpoint | None = None) -> Re
             side = form.side
         try:
             reports.append(replace(inspect_layer(module, tensors, form), side=side))
-        except ArithmeticError as error:
-            raise ValueError(
-                f"{adapter.source}: the factors of {module} multiply to {error}: they are broken."
-            ) from None
+        except OverflowError as error:
+            raise ValueError(f"{adapter.source}: {module} is broken: {error}.") from None
     if base is not None and skeleton is not None:
         weights = _Weights(base, skeleton)
         reports = [
@@ -217,7 +215,7 @@ def inspect_layer(module: str, tensors: Mapping[str, Tensor], form: Form) -> Lay
 
 
 def _norm(parts: list[Tensor]) -> float:
-    # of the norms: their squares may leave the range
+    # of the norms: the parts have different shapes
     return torch.stack([torch.linalg.vector_norm(part) for part in parts]).norm().item() if parts else 0.0
 
 
@@ -318,6 +316,8 @@ def inspect_update(name: str, shape: tuple[int, ...], parts: list[tuple[Tensor, 
             [alignment_of_sums(products[axis], squares[axis], total, W.shape[1 - axis]).item() for axis in (0, 1)]
         )
         W_W, D_D = W_W + squares[0].sum().item(), D_D + total.item()
+        if not math.isfinite(W_W + D_D):
+            raise ValueError(f"{name}, or its update, is not finite in {torch.promote_types(W.dtype, torch.float32)}.")
     rows, columns = (sum(values) / len(values) for values in zip(*indices, strict=True))
     ratio = math.sqrt(D_D / W_W) if W_W else None
     return WeightReport(name, shape, math.sqrt(W_W), math.sqrt(D_D), ratio, rows, columns)

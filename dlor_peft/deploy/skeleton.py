@@ -92,7 +92,8 @@ class Skeleton:
     def _adapted(self, wrapped: PreTrainedModel, adapters: Sequence[SavedAdapter]) -> PeftModel:
         model: Any = None
         for name, adapter in zip(self.names, adapters, strict=True):
-            with warnings.catch_warnings():
+            # PEFT moves there what it has allocated, whatever ranks the configuration asks for
+            with torch.device("meta"), warnings.catch_warnings():
                 # of tied weights, which are looked after here
                 warnings.filterwarnings("ignore", ".*tie", UserWarning)
                 try:

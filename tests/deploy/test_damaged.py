@@ -107,7 +107,7 @@ def check(saved, adapter, tmp_path) -> None:
     """Inspecting and merging it succeed or fail in order; what is merged is all that the files hold."""
     out = tmp_path / "out"
     inspected, _ = run("inspect", adapter)
-    with_base = inspected or run("inspect", adapter, "--base", saved / "base")[0]
+    with_base = inspected or run("inspect", adapter, "--base", saved / "base", "--json")[0]
     code, _ = merge(saved, adapter, out)
     beside = {path.name for path in tmp_path.iterdir()} - {adapter.name}
     # a merge may be refused for more than an inspection: weights that would not be finite
@@ -242,6 +242,17 @@ def test_changed_configurations(saved, tmp_path, data, form):
             fields[name] = data.draw(json_values)
     (adapter / CONFIG).write_text(json.dumps(fields))
     check(saved, adapter, tmp_path)
+
+
+@pytest.mark.parametrize("r", [10**6, 10**9, 2**40, 2**62, 2**70])
+def test_ranks_that_no_memory_holds(r, saved, tmp_path):
+    adapter = copied(saved, "scaled", tmp_path)
+    fields = json.loads((adapter / CONFIG).read_text())
+    stored, absent = fields["target_modules"], ["o_proj"]
+    changes = {"r": r, "rank_pattern": dict.fromkeys(stored, 3), "target_modules": stored + absent}
+    (adapter / CONFIG).write_text(json.dumps({**fields, **changes}))
+    check(saved, adapter, tmp_path)
+    assert merge(saved, adapter, tmp_path / "out")[0] == 2
 
 
 def test_each_field_missing(saved, tmp_path):

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from saved import adapt
 from tiny_models import FORMS, TARGETS, adapted, base_weights, build, config_of, dense, layers, small
 from torch import Tensor, nn
@@ -171,6 +172,21 @@ def test_exact_exports(form, change, exports, tmp_path):
 def test_invertible(form, change, options, invertible, tmp_path):
     report = changed(form, tmp_path, change, **options)
     assert {layer.invertible for layer in report.layers} == {invertible}
+
+
+def test_what_is_not_finite_is_named(bases, tmp_path, capsys):
+    model = adapted("llama", "multiplicative-input-3")
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file(
+        {key: tensor.double() * 1e150 for key, tensor in tensors.items()}, tmp_path / "adapter_model.safetensors"
+    )
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "model.layers.0.mlp.down_proj is broken: its factors multiply to more than" in capsys.readouterr().err
+    save_file({key: tensor * 1e20 for key, tensor in tensors.items()}, tmp_path / "adapter_model.safetensors")
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert main(["inspect", str(tmp_path), "--base", str(bases / "llama")]) == 2
+    assert "model.layers.0.mlp.down_proj.weight, or its update, is not finite in torch" in capsys.readouterr().err
 
 
 def test_sides_that_the_shapes_tell_are_told(tmp_path):
