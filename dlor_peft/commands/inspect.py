@@ -59,7 +59,11 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="write a heat map over layers and modules (default: dlor_inspect.png); needs the extra 'train'",
     )
     parser.add_argument(
-        "--json", nargs="?", const=STDOUT, metavar="FILE", help="write all of it as JSON, instead of the table if to -"
+        "--json",
+        nargs="?",
+        const=STDOUT,
+        metavar="FILE",
+        help="write all of it as JSON; without FILE to stdout, in place of the table",
     )
     parser.set_defaults(verb=run)
 
