@@ -128,7 +128,8 @@ def _sorted_out(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, dict[
 
 def _check_layer(module: str, factors: Mapping[str, Tensor], config: DLoRConfig, folder: Path) -> None:
     """ValueError where the tensors are not those of the configuration, as far as they show without the base model."""
-    r, depth = config.rank_and_depth(module)
+    config = config.for_layer(module)
+    r, depth = config.r, config.depth
     expected = {"dlor_U", "dlor_V"} if r else set()
     if config.diagonal != "none":
         expected |= {"dlor_diag", "dlor_diag_in"} if config.side == "both" else {"dlor_diag"}
