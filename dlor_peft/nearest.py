@@ -7,7 +7,7 @@ All computing is done in the dtype of the arguments, float32 or float64, on thei
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -107,25 +107,32 @@ def nearest(
 
 
 @torch.no_grad()
-def lora_residual(delta: Tensor, num_parameters: int, sweeps: int = 100, tolerance: float = 1e-5) -> float:
+def lora_residuals(
+    delta: Tensor, nums_parameters: Sequence[int], sweeps: int = 100, tolerance: float = 1e-5
+) -> list[float]:
     """||delta - B A||_F / ||delta||_F of the best LoRA with so many parameters, of rank num_parameters / (O + I).
 
-    Between whole ranks the squared residual is interpolated linearly: that is what LoRA reaches on average over layers
-    of which a share has one rank more. O(sweeps O I k) for the rank k.
+    For each number given. Between whole ranks the squared residual is interpolated linearly: that is what LoRA reaches
+    on average over layers of which a share has one rank more. O(sweeps O I k) for the largest rank k.
     """
-    require_float("nearest.lora_residual", delta)
-    rank = num_parameters / sum(delta.shape)
-    whole = math.ceil(rank)
-    total = torch.linalg.norm(delta).item()
-    if rank >= min(delta.shape) or total == 0:
-        return 0.0
-    fit = _descend(_Scaling(delta, False, False, False), delta, None, None, whole, sweeps, tolerance)
-    squared = fit.residual**2
-    if whole > rank:
-        # U and V share the singular value
-        last = fit.U[:, -1].norm().item() * fit.V[:, -1].norm().item() / total
-        squared += (whole - rank) * last**2
-    return math.sqrt(squared)
+    require_float("nearest.lora_residuals", delta)
+    n, total = min(delta.shape), torch.linalg.norm(delta).item()
+    if total == 0:
+        return [0.0 for _ in nums_parameters]
+    ranks = [min(number / sum(delta.shape), n) for number in nums_parameters]
+    largest = math.ceil(max(ranks))
+    fit = _descend(_Scaling(delta, False, False, False), delta, None, None, largest, sweeps, tolerance)
+    # U and V share each singular value
+    shares = (fit.U.norm(dim=0) * fit.V.norm(dim=0) / total).double().square()
+    rest = fit.residual**2
+    squares = [rest + shares[rank:].sum().item() for rank in range(largest + 1)]
+    # nothing is left of all n ranks
+    squares[n:] = [0.0] * len(squares[n:])
+    whole = [math.floor(rank) for rank in ranks]
+    return [
+        math.sqrt(squares[k] + (rank - k) * (squares[math.ceil(rank)] - squares[k]))
+        for k, rank in zip(whole, ranks, strict=True)
+    ]
 
 
 class _Scaling(NamedTuple):

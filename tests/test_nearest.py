@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dlor_peft import DLoRConfig
 from dlor_peft.form import Form, Residual
-from dlor_peft.nearest import DIAGONALS, SIDES, Nearest, lora_residual, nearest
+from dlor_peft.nearest import DIAGONALS, SIDES, Nearest, lora_residuals, nearest
 
 MODES = [(mode, side) for mode, sides in SIDES.items() for side in sides]
 # up to rounding
@@ -199,18 +199,32 @@ def test_the_better_of_two_starts_counts():
 
 
 @law
-@given(seeds, sizes, sizes, st.integers(0, 100))
-def test_lora_with_as_many_parameters(seed, O, I, num_parameters):
+@given(seeds, sizes, sizes, st.lists(st.integers(0, 100), min_size=1, max_size=3))
+def test_lora_with_as_many_parameters(seed, O, I, numbers):
     delta = random(seed, (O, I))[0]
     squares = torch.linalg.svdvals(delta).square()
-    rank = num_parameters / (O + I)
-    want = (squares[math.floor(rank) :].sum() - (rank % 1) * squares[math.floor(rank) :][:1].sum()) / squares.sum()
-    assert lora_residual(delta, num_parameters) == pytest.approx(math.sqrt(max(want.item(), 0)), abs=1e-7)
+    got = lora_residuals(delta, numbers)
+    for number, residual in zip(numbers, got, strict=True):
+        rank = number / (O + I)
+        rest = squares[math.floor(rank) :]
+        want = (rest.sum() - (rank % 1) * rest[:1].sum()) / squares.sum()
+        assert residual == pytest.approx(math.sqrt(max(want.item(), 0)), abs=1e-7)
+
+
+def test_lora_of_large_matrices_is_found_by_subspace_iteration():
+    noise = random(0, (300, 420))[0]
+    left, _, right = torch.linalg.svd(noise, full_matrices=False)
+    sizes = torch.arange(1, 301, dtype=torch.float64) ** -0.5
+    numbers = [720 * 4, 720 * 8 + 300]
+    squares = sizes.square().flip(0).cumsum(0).flip(0) / sizes.square().sum()
+    want = [squares[4], squares[8] - 300 / 720 * (squares[8] - squares[9])]
+    for residual, square in zip(lora_residuals((left * sizes) @ right, numbers), want, strict=True):
+        assert residual == pytest.approx(square.sqrt().item(), rel=2e-3)
 
 
 def test_lora_of_no_update():
-    assert lora_residual(torch.zeros(3, 4), 3) == 0
-    assert lora_residual(torch.ones(3, 4), 0) == 1
+    assert lora_residuals(torch.zeros(3, 4), [3]) == [0]
+    assert lora_residuals(torch.ones(3, 4), [0]) == [1]
 
 
 BAD = [

@@ -14,8 +14,9 @@ Reads both models tensor by tensor, finds for each linear layer that changed the
 them as one adapter, and prints a line for each layer:
 
   changed by     ||W_tuned - W|| / ||W||
-  form           mode and side. With --mode auto the nearest at rank r of: scaled output, input and both, additive, and
-                 multiplicative on the smaller side; of those within 1% or 0.001, the one with the fewest parameters
+  form           mode and side. With --mode auto, of scaled output, input and both, and additive at rank r, the one
+                 that leaves least over; parameters count: a diagonal must bring more than LoRA gets for as many. The
+                 multiplicative form of the smaller side, which has fewer, where it is as near up to 1% or 0.001
   residual       ||W_tuned - W - adapter|| / ||W_tuned - W||: 0 is all of the update, 1 nothing
   LoRA's         the residual of the best LoRA with as many parameters; between whole ranks the square is interpolated
   rows, columns  alignment index: how much of the update scales rows or columns of W, 1 for an unrelated update

@@ -241,6 +241,10 @@ class Extraction:
         if pair.base.shape != pair.tuned.shape:
             return Left(pair.name, kind, None, f"{_size(pair.base)} in the base, {_size(pair.tuned)} after")
         W, tuned = pair.base.double(), pair.tuned.double()
+        if not tuned.isfinite().all():
+            return Left(pair.name, kind, None, "holds a NaN or an infinite number after")
+        if not W.any():
+            return Left(pair.name, kind, None, "all zeros in the base")
         return Left(pair.name, kind, (torch.linalg.norm(tuned - W) / torch.linalg.norm(W)).item(), "")
 
     def _names_of_tied_embeddings(self) -> set[str]:

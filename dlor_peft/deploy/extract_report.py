@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from ..inspect_adapter import format_table
 from .fitting import TIE, Fitted
 
-HEADER = ["module", "shape", "changed by", "form", "parameters", "residual", "LoRA's", "rows", "columns"]
+HEADER = ["module", "shape", "changed by", "form", "r", "parameters", "residual", "LoRA's", "rows", "columns"]
 
 
 class Left(NamedTuple):
@@ -92,12 +92,12 @@ class Report(NamedTuple):
 
 def _row(name: str, layer: Fitted) -> list[str]:
     O, I = layer.shape
-    form = layer.form if layer.r else f"{layer.form}, r 0"
     return [
         name,
         f"{O}x{I}",
         f"{layer.change:.3g}",
-        form,
+        layer.form,
+        str(layer.r),
         f"{layer.num_parameters:,}",
         f"{layer.residual:.4f}",
         f"{layer.lora_residual:.4f}",

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..config import DLoRConfig
 from ..maths import alignment_index
-from ..nearest import Nearest, lora_residual, nearest
+from ..nearest import Nearest, lora_residuals, nearest
 
 TIE = 0.01
-"""Residuals that differ by less than this share are taken for equal: the form of fewer parameters is chosen."""
+"""Residuals that differ by less than this share are taken for equal."""
 
 NEGLIGIBLE = 1e-3
 """So are residuals that differ by less than this share of the update."""
@@ -88,30 +88,33 @@ class Fitted(NamedTuple):
 
 @torch.no_grad()
 def fit(delta: Tensor, W: Tensor, wanted: Wanted) -> Fitted:
-    """The adapter for W' = W + delta, of the candidate with the smallest residual.
+    """The adapter for W' = W + delta, of the candidate with the smallest residual once parameters are accounted for.
 
-    Where residuals are equal up to TIE or NEGLIGIBLE, the one with the fewest parameters: the sides "output" and
-    "input" are cases of "both", which is so taken only where the second diagonal counts for something.
+    Scaled and additive forms differ in their diagonals, which cost parameters: the one is chosen whose squared
+    residual, less that of LoRA with as many parameters, is the smallest. A further diagonal must so bring more than
+    LoRA gets for its parameters. The multiplicative form has a smaller U or V, and is contained in a scaled one: it
+    is chosen where its residual is the same up to TIE or NEGLIGIBLE.
     """
     r = min(wanted.r, *W.shape)
-    fits = {
-        (mode, side): nearest(delta, W, r, mode, side, wanted.diagonal) for mode, side in wanted.candidates(*W.shape)
-    }
-    best = min(found.residual for found in fits.values())
-    limit = max(best * (1 + TIE), best + NEGLIGIBLE)
-    tied = {form: found for form, found in fits.items() if found.residual <= limit}
-    (mode, side), found = min(tied.items(), key=lambda item: (item[1].num_parameters, item[1].residual))
-    size = torch.linalg.norm(delta).item()
+    forms = wanted.candidates(*W.shape)
+    fits = {(mode, side): nearest(delta, W, r, mode, side, wanted.diagonal) for mode, side in forms}
+    numbers = [found.num_parameters for found in fits.values()]
+    lora = dict(zip(fits, lora_residuals(delta, numbers), strict=True))
+    products = [form for form in forms if form[0] == "multiplicative"]
+    sums = [form for form in forms if form[0] != "multiplicative"]
+    chosen = min(sums or products, key=lambda form: fits[form].residual ** 2 - lora[form] ** 2)
+    limit = max(fits[chosen].residual * (1 + TIE), fits[chosen].residual + NEGLIGIBLE)
+    chosen = next((form for form in products if fits[form].residual <= limit), chosen)
+    found, size = fits[chosen], torch.linalg.norm(delta).item()
     return Fitted(
-        mode,
-        side,
+        *chosen,
         r,
         _stored(found),
         (W.shape[0], W.shape[1]),
         size / (torch.linalg.norm(W).item() or 1.0),
         size,
         found.residual,
-        lora_residual(delta, found.num_parameters),
+        lora[chosen],
         found.num_parameters,
         alignment_index(delta, W).item(),
         alignment_index(delta.mT, W.mT).item(),

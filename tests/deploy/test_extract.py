@@ -119,7 +119,8 @@ def test_what_did_not_change_has_no_adapter(tmp_path):
 def test_what_is_no_linear_weight_is_listed(tmp_path):
     base, tuned = planted("llama", tmp_path, target_modules=["q_proj"])
     norm, bias, embedding = "model.norm.weight", "model.layers.0.self_attn.q_proj.bias", "model.embed_tokens.weight"
-    change(tuned, **{norm: lambda t: 1.5 * t, bias: lambda t: t + 1, embedding: lambda t: 0.75 * t})
+    change(base, **{bias: torch.zeros_like})
+    change(tuned, **{norm: lambda t: 1.5 * t, embedding: lambda t: 0.75 * t})
     with pytest.warns(UserWarning, match="3 changed tensors are not in the adapter.*modules_to_save"):
         report = extract(base, tuned, tmp_path / "out")
     assert {(item.name, item.kind) for item in report.left} == {
@@ -129,6 +130,7 @@ def test_what_is_no_linear_weight_is_listed(tmp_path):
     assert by_name[norm] == pytest.approx(0.5)
     assert by_name[embedding] == pytest.approx(0.25)
     assert f"not extracted: {norm} (LlamaRMSNorm): changed by 0.5" in report.text()
+    assert f"not extracted: {bias} (Linear): all zeros in the base" in report.text()
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
