@@ -20,7 +20,7 @@ from ..config import DLoRConfig
 from ..form import Form, Residual
 from ..layers import DLoRLayer
 from ..maths import alignment_of_sums, condition_bound, effective_rank, is_invertible, singular_values
-from .adapter import PREFIX, SavedAdapter
+from .adapter import PREFIX, SavedAdapter, layer_config
 from .checkpoint import Checkpoint
 from .conversion import units
 from .skeleton import Skeleton
@@ -118,8 +118,8 @@ class Report:
 
 
 FACTS = (
-    "mode", "side", "diagonal", "r", "rank_pattern", "depth", "depth_pattern", "base_model_name_or_path", "revision",
-    "task_type", "dlor_version",
+    "mode", "mode_pattern", "side", "side_pattern", "diagonal", "r", "rank_pattern", "depth", "depth_pattern",
+    "base_model_name_or_path", "revision", "task_type", "dlor_version",
 )  # fmt: skip
 """Of the configuration, what a report tells."""
 
@@ -162,7 +162,7 @@ def guessed_form(module: str, tensors: Mapping[str, Tensor], config: DLoRConfig)
 
     Without the base model every layer is taken for a linear one, which has the smaller side by "auto".
     """
-    r, depth = config.rank_and_depth(module)
+    config = layer_config(module, tensors, config)
     widths = {name: tensor.shape[-1 if "diag" in name else -2] for name, tensor in tensors.items()}
     some, tensor = next(iter(tensors.items()))
     experts = tensor.shape[1] if tensor.ndim == (3 if "diag" in some else 4) else None
@@ -171,8 +171,8 @@ def guessed_form(module: str, tensors: Mapping[str, Tensor], config: DLoRConfig)
     sides = ("input", "output", "both")
     if config.side == "auto" and config.mode == "scaled" and config.diagonal == "vector" and (n == p) != (n == q):
         sides = ("output",) if n == p else ("input",)
-    form = Form.resolve(config, r, depth, q, p, sides, experts=experts)
-    is_known = config.side != "auto" or form.side is None or (config.mode == "scaled" and r > 0)
+    form = Form.resolve(config, config.r, config.depth, q, p, sides, experts=experts)
+    is_known = config.side != "auto" or form.side is None or (config.mode == "scaled" and config.r > 0)
     return form, form.side if is_known else "auto"
 
 

@@ -23,7 +23,7 @@ FORMS = {
     "scaled-both": {"modules_to_save": ["lm_head"], "rank_pattern": {"up_proj": 2}},
     "multiplicative-output-3": {"depth_pattern": {"q_proj": 1}},
     "scaled": {"bias": "dlor_only", "task_type": None},
-    "additive": {"trainable_token_indices": [1, 5]},
+    "additive": {"trainable_token_indices": [1, 5], "mode_pattern": {"q_proj": "multiplicative"}},
 }
 
 fuzz = settings(
@@ -79,7 +79,11 @@ def merged_by_hand(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
             tensors[name] = tensor.to(tensors[name].dtype)
     for name, stored in factors.items():
         W = tensors[name].double()
-        tensors[name] = adapted_by_hand(W, stored, config["mode"], config["side"]).to(tensors[name].dtype)
+        mode, side = (
+            next((value for key, value in config.get(f"{field}_pattern", {}).items() if key in name), config[field])
+            for field in ("mode", "side")
+        )
+        tensors[name] = adapted_by_hand(W, stored, mode, side).to(tensors[name].dtype)
     return tensors
 
 

@@ -100,6 +100,13 @@ def test_the_condition_bound_bounds_what_the_adapter_does_to_the_condition(form,
             assert after[0] / after[-1] <= bound * (1 + 1e-9)
 
 
+def test_modes_by_layer(tmp_path):
+    model = small("scaled", mode_pattern={"0": "multiplicative"}, depth_pattern={"0": 2}, side_pattern={"2": "both"})
+    first, second = report_of(model, tmp_path).layers
+    assert (first.mode, first.side, first.depth, first.multiplies) == ("multiplicative", "auto", 2, True)
+    assert (second.mode, second.side, second.depth, second.multiplies) == ("scaled", "both", 1, False)
+
+
 def changed(form, tmp_path, change, **options) -> Report:
     model = small(form, **options)
     with torch.no_grad():
