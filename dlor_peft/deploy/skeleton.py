@@ -65,7 +65,7 @@ class Skeleton:
 
     def __init__(self, base: Checkpoint, adapters: Sequence[SavedAdapter]) -> None:
         """ValueError where an adapter does not fit the model, or two of them do not go together."""
-        self.model = _bare_model(base, adapters)
+        self.model = bare_model(base, adapters)
         self.parameters = dict(self.model.named_parameters(remove_duplicate=False))
         shared = defaultdict(list)
         for name, parameter in self.parameters.items():
@@ -183,7 +183,8 @@ def _name_of(key: str) -> str:
     return key.removeprefix(PREFIX).replace(".base_layer", "")
 
 
-def _bare_model(base: Checkpoint, adapters: Sequence[SavedAdapter]) -> PreTrainedModel:
+def bare_model(base: Checkpoint, adapters: Sequence[SavedAdapter]) -> PreTrainedModel:
+    """The model that the adapters were trained on, on the meta device."""
     path = base.folder.path
     config = AutoConfig.from_pretrained(path)
     task, cls = _model_class(config, adapters, base.folder.source)
