@@ -6,8 +6,8 @@ or on disk: equal weights and adapters give equal bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,9 +27,18 @@ class Part(NamedTuple):
     scale: float = 1.0
 
 
-def round_to_nearest(wide: Tensor, out: Tensor) -> None:
-    """out <- wide in the dtype of out, the nearest, ties to even."""
-    out.copy_(wide)
+class Block(NamedTuple):
+    """A piece of a weight: before, adapted, and rounded. `at` tells it from the others of its weight."""
+
+    at: tuple[int, int, int]
+    before: Tensor
+    adapted: Tensor
+    out: Tensor
+
+
+def round_to_nearest(block: Block) -> None:
+    """out <- adapted in the dtype of out, the nearest, ties to even."""
+    block.out.copy_(block.adapted)
 
 
 @torch.no_grad()
@@ -37,48 +46,52 @@ def write_adapted(
     W: Tensor,
     parts: Sequence[Part],
     out: Tensor,
-    rounding: Callable[[Tensor, Tensor], None] = round_to_nearest,
-    look: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+    finish: Callable[[Block], Any] = round_to_nearest,
+    each: Callable[[Callable, Iterable], Iterable[Any]] = map,
     is_safe: bool = False,
-) -> None:
+) -> list[Any]:
     """out <- W adapted by each part in turn, in float32 or wider, with one rounding to the dtype of `out`.
 
     Args:
         W: (O, I K) or (E, O, I), any strides; not changed.
         parts: in the order of merging.
         out: of the shape of W; may not overlap it.
-        rounding: writes its first argument into its second.
-        look: is handed each block of W and of W', wide, and of `out`.
+        finish: rounds a block into its `out`. What it returns is returned for each block, in their order.
+        each: calls a function on each block, which need not be one after the other.
         is_safe: raise ValueError where what one of the parts makes of W is not finite in the dtype of `out`.
     """
-    if W.ndim == 3:
-        for e in range(W.shape[0]):
-            of_expert = [part._replace(residual=part.residual.of_expert(e)) for part in parts]
-            write_adapted(W[e], of_expert, out[e], rounding, look, is_safe)
-        return
     wide_dtype = torch.promote_types(W.dtype, torch.float32)
     parts = [part._replace(residual=part.residual.to(wide_dtype)) for part in parts]
-    for rows, columns in _blocks(W, {part.form.mixes for part in parts}):
-        before = adapted = W[rows, columns].to(wide_dtype)
+    # as experts, where they are none
+    stack, out_stack = (W, out) if W.ndim == 3 else (W[None], out[None])
+
+    @torch.no_grad()
+    def adapt(place: tuple[int, slice, slice]) -> Any:
+        e, rows, columns = place
+        before = adapted = stack[e, rows, columns].to(wide_dtype)
         for part in parts:
-            adapted = adapted + part.form.delta_weight(part.residual, adapted, part.scale, rows.start)
+            residual = part.residual.of_expert(e) if W.ndim == 3 else part.residual
+            delta = part.form.delta_weight(residual, adapted, rows.start)
+            adapted = torch.add(adapted, delta, alpha=part.scale)
             if is_safe and not adapted.to(out.dtype).isfinite().all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {part.name} seems to be broken")
-        rounding(adapted, out[rows, columns])
-        if look is not None:
-            look(before, adapted, out[rows, columns])
+        return finish(Block((e, rows.start, columns.start), before, adapted, out_stack[e, rows, columns]))
+
+    places = _blocks(stack.shape[1:], {part.form.mixes for part in parts})
+    return list(each(adapt, [(e, *place) for e in range(len(stack)) for place in places]))
 
 
-def _blocks(W: Tensor, mixes: set[str | None]) -> Iterator[tuple[slice, slice]]:
-    num_rows, num_columns = W.shape
+def _blocks(shape: torch.Size, mixes: set[str | None]) -> list[tuple[slice, slice]]:
+    num_rows, num_columns = shape
     if mixes >= {"rows", "columns"}:
-        yield slice(0, num_rows), slice(0, num_columns)
-    elif "rows" in mixes:
+        return [(slice(0, num_rows), slice(0, num_columns))]
+    if "rows" in mixes:
         # whole cache lines of each row
         step = max(64, BLOCK // max(1, num_rows))
-        for start in range(0, num_columns, step):
-            yield slice(0, num_rows), slice(start, min(start + step, num_columns))
-    else:
-        step = max(1, BLOCK // max(1, num_columns))
-        for start in range(0, num_rows, step):
-            yield slice(start, min(start + step, num_rows)), slice(0, num_columns)
+        return [(slice(0, num_rows), columns) for columns in _slices(num_columns, step)]
+    step = max(1, BLOCK // max(1, num_columns))
+    return [(rows, slice(0, num_columns)) for rows in _slices(num_rows, step)]
+
+
+def _slices(length: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]

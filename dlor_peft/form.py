@@ -256,8 +256,8 @@ class Form:
             return None
         return "rows" if self.side == "output" else "columns"
 
-    def delta_weight(self, residual: Residual, W: Tensor, scale: float, start: int = 0) -> Tensor:
-        """W' - W, (..., O, I K), in the dtype of W without subtracting: small updates keep their precision.
+    def delta_weight(self, residual: Residual, W: Tensor, start: int = 0) -> Tensor:
+        """W' - W at scale 1, (..., O, I K), in the dtype of W, not by subtraction: small updates keep their precision.
 
         Differentiable in all its arguments. Where W' does not mix the rows, W may be some of them, from `start` on;
         where it does, some columns.
@@ -267,24 +267,24 @@ class Form:
         if self.mode == "multiplicative":
             d = W.new_zeros(1) if q is None else q.unsqueeze(-2)
             if self.side == "output":
-                return apply(W.mT, d, U, V).mT * scale
+                return apply(W.mT, d, U, V).mT
             channels_last = W.unflatten(-1, (I, K)).mT.flatten(-3, -2)  # (..., O K, I)
-            return apply(channels_last, d, V, U).unflatten(-2, (O, K)).mT.flatten(-2) * scale
+            return apply(channels_last, d, V, U).unflatten(-2, (O, K)).mT.flatten(-2)
         delta = U[..., start : start + O, :] @ V.mT
         if q is None:
-            return delta * scale
+            return delta
         if self.mode == "additive":
             stop = max(start, min(start + O, self.out_features, I))
             leading = torch.arange(start, stop, device=W.device)
             delta[..., leading - start, leading * K + self.centre] += _rows(q, start, stop)
-            return delta * scale
+            return delta
         gain = _rows(q, start, start + O).unsqueeze(-1)
         if self.side == "input":
             gain = _by_column(q, K)
         elif q_in is not None:
             gain_in = _by_column(q_in, K)
             gain = gain + gain_in + gain * gain_in
-        return (gain * W + delta) * scale
+        return torch.addcmul(delta, gain, W)
 
 
 def _rows(q: Tensor, start: int, stop: int) -> Tensor:

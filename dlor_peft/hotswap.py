@@ -71,11 +71,11 @@ def hotswap_adapter_from_state_dict(
         if "dlor_U" in tensors:
             layer.pad_rank(tensors["dlor_U"].shape[-1], [adapter_name])
         for name in layer.form[adapter_name].shapes:
-            weight = getattr(layer, name)[adapter_name]()
-            padded = torch.zeros_like(weight)
-            if name in tensors:
-                padded[tuple(map(slice, tensors[name].shape))] = tensors[name].to(padded)
-            weight.copy_(padded)
+            weight, new_value = getattr(layer, name)[adapter_name](), tensors.get(name)
+            if new_value is None or new_value.shape != weight.shape:
+                weight.zero_()
+            if new_value is not None:
+                weight[tuple(map(slice, new_value.shape))].copy_(new_value)
     for key, tensor in full.items():
         tensor.copy_(others[key])
     _tell_ranks(model)

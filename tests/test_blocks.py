@@ -7,7 +7,7 @@ import torch
 from test_form import FORMS, formula, make
 
 from dlor_peft import blocks
-from dlor_peft.blocks import Part, write_adapted
+from dlor_peft.blocks import Part, round_to_nearest, write_adapted
 
 
 def poisoned(*shape, dtype=torch.float64):
@@ -58,13 +58,18 @@ def test_experts(small_blocks):
 def test_one_rounding(dtype, small_blocks):
     form, tensors = make("scaled", "output", 1, "vector", 2, 6, 8, torch.float32)
     W, out = torch.randn(8, 6).to(dtype), poisoned(8, 6, dtype=dtype)
-    seen = []
-    write_adapted(W, [Part("a", form, form.residual(tensors))], out, look=lambda *blocks: seen.append(blocks))
-    wide = torch.cat([adapted for _, adapted, _ in seen])
+
+    def finish(block):
+        round_to_nearest(block)
+        return block
+
+    seen = write_adapted(W, [Part("a", form, form.residual(tensors))], out, finish)
+    wide = torch.cat([block.adapted for block in seen])
     assert wide.dtype == torch.float32
     torch.testing.assert_close(wide.double(), formula(form, _double(tensors), W.double(), 1.0), rtol=1e-5, atol=1e-6)
     assert torch.equal(out, wide.to(dtype))
-    assert torch.equal(torch.cat([before for before, _, _ in seen]), W.float())
+    assert torch.equal(torch.cat([block.before for block in seen]), W.float())
+    assert len({block.at for block in seen}) == len(seen)
 
 
 def test_what_is_not_finite_is_refused_by_name(small_blocks):

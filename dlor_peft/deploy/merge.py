@@ -9,6 +9,8 @@ import importlib.metadata
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,11 +23,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .. import __version__
-from ..blocks import round_to_nearest
+from ..blocks import Block, round_to_nearest
 from .adapter import SavedAdapter
 from .checkpoint import Checkpoint
 from .conversion import Unit, units
-from .rounding import ROUNDINGS, Stochastic, Survival
+from .rounding import ROUNDINGS, Survival, round_stochastically
 from .skeleton import Change, Skeleton
 from .writing import Shards, copy_tokenizer, matches, new_folder, write_json
 
@@ -99,7 +101,6 @@ class Merge:
         self.base, self.adapters, self.options = base, adapters, options or MergeOptions()
         self.skeleton = Skeleton(base, adapters)
         self.survival: dict[str, Survival] = {}
-        self._rounding: Callable[[Tensor, Tensor], None] = round_to_nearest
         self._units, self.dropped = units(base.specs, self._read_empty, self.skeleton.model)
         self._unit_of = {target: unit for unit in self._units for target in unit.targets}
         self.untied = self._resolve_ties()
@@ -124,18 +125,22 @@ class Merge:
             ValueError: a merged weight is not finite.
         """
         self.survival.clear()
-        self._rounding = Stochastic(self.options.seed) if self.options.rounding == "stochastic" else round_to_nearest
         tensors = {name: tensor for job in self.jobs for name, tensor in job.outputs.items()}
         with new_folder(out, self.options.overwrite) as folder:
             total = sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
             with (
+                _threads() as self._each,
                 Shards(folder, tensors, self.options.shard_size) as shards,
+                ThreadPoolExecutor(1) as writer,
                 tqdm(total=total, unit="B", unit_scale=True, desc="merging") as progress,
             ):
-                for job in self.jobs:
-                    for name, tensor in self._run(job):
-                        shards.write(name, tensor)
-                        progress.update(tensor.numel() * tensor.dtype.itemsize)
+                # one tensor is written while the next one is adapted
+                written = writer.submit(int)
+                for name, tensor in (output for job in self.jobs for output in self._run(job)):
+                    written.result()
+                    written = writer.submit(shards.write, name, tensor)
+                    progress.update(tensor.numel() * tensor.dtype.itemsize)
+                written.result()
             self.base.close()
             self._write_rest(folder)
             record = self.record()
@@ -168,6 +173,13 @@ class Merge:
             "untied": self.untied,
             "versions": {"dlor-peft": __version__, **{name: importlib.metadata.version(name) for name in packages}},
         }
+
+    def _finish(self, block: Block) -> Survival:
+        if self.options.rounding == "stochastic":
+            round_stochastically(block, self.options.seed)
+        else:
+            round_to_nearest(block)
+        return Survival.of_block(block)
 
     def _read_empty(self, key: str) -> Tensor:
         return self.base.specs[key].empty()
@@ -310,10 +322,10 @@ class Merge:
             # an embedding that is saved along with its adapter, which the merge reads as it reads the base
             W = W.to(stored.dtype)
         if change.layer is not None:
-            survival = self.survival.setdefault(name, Survival())
             merged = torch.empty(W.shape, dtype=dtype)
-            change.layer.write_merged(W, merged, change.adapters, rounding=self._rounding, look=survival.look)
-            if not all(map(torch.isfinite, torch.tensor([survival.R_R, survival.D_D]))):
+            of_blocks = change.layer.write_merged(W, merged, change.adapters, finish=self._finish, each=self._each)
+            survival = self.survival[name] = sum(of_blocks, Survival())
+            if not survival.is_finite:
                 raise ValueError(
                     f"the merged {name} is not finite in {dtype}. The adapter is broken, or the weight leaves the "
                     "range: merge to float32 or bfloat16 (--dtype)."
@@ -374,3 +386,15 @@ class Merge:
                 "float32 (--dtype float32), or with --rounding stochastic.",
                 stacklevel=3,
             )
+
+
+@contextmanager
+def _threads() -> Iterator[Callable]:
+    """A `map` by as many threads as torch would take for one operation. A block is too small for several."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool.map
+    finally:
+        torch.set_num_threads(num_threads)

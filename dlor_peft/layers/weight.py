@@ -73,15 +73,14 @@ class WeightLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.extend(adapter_names)
 
     def _merged(self, stored: Tensor, adapter_names: list[str], safe_merge: bool) -> Tensor:
-        return self.write_merged(
-            stored, torch.empty_like(stored, memory_format=torch.contiguous_format), adapter_names, is_safe=safe_merge
-        )
+        merged = torch.empty_like(stored, memory_format=torch.contiguous_format)
+        self.write_merged(stored, merged, adapter_names, is_safe=safe_merge)
+        return merged
 
-    def write_merged(self, stored: Tensor, merged: Tensor, adapter_names: list[str], **options: Any) -> Tensor:
+    def write_merged(self, stored: Tensor, merged: Tensor, adapter_names: list[str], **options: Any) -> list[Any]:
         """merged <- W' of the adapters, one after the other, where W is `stored`; see `blocks.write_adapted`."""
         parts = [Part(name, self.form[name], self.residual(name), self.scaling[name]) for name in adapter_names]
-        write_adapted(self._as_matrix(stored), parts, self._as_matrix(merged), **options)
-        return merged
+        return write_adapted(self._as_matrix(stored), parts, self._as_matrix(merged), **options)
 
     @torch.no_grad()
     def check_finite(self, adapter_names: list[str]) -> None:
@@ -191,7 +190,7 @@ class WeightLayer(nn.Module, BaseTunerLayer):
         return delta
 
     def _delta(self, adapter: str, W: Tensor) -> Tensor:
-        return self.form[adapter].delta_weight(self.residual(adapter), W, self.scaling[adapter])
+        return self.form[adapter].delta_weight(self.residual(adapter), W) * self.scaling[adapter]
 
     def _as_matrix(self, stored: Tensor) -> Tensor:
         """The base weight as it is stored -> (..., out_features, in_features)."""

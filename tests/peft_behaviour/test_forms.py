@@ -100,7 +100,7 @@ def test_layer_gradients_are_those_of_the_merged_weight(form):
                 {n.split(".")[0]: v for n, v in zip(names, values[1:], strict=True)}
             )
             W = layer.get_base_layer().weight
-            y = values[0] @ (W + layer.form["default"].delta_weight(residual, W, 1.0)).T
+            y = values[0] @ (W + layer.form["default"].delta_weight(residual, W)).T
             return (y * g).sum()
 
         values = [x.detach(), *(p.detach() for p in parameters.values())]
