@@ -65,11 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     lora.write(arguments.out, arguments.overwrite)
     print(lora.table())
     print(f"\n{arguments.out}: a LoRA of rank {lora.rank} on {len(lora.fits)} layers")
-    if lora.foreign:
-        print(
-            f"PEFT reads it; vLLM, SGLang and llama.cpp may not, since the base's files have no {lora.foreign[0]}: "
-            "transformers makes it from other tensors"
-        )
+    for caveat in lora.caveats():
+        print(caveat)
     name = shlex.quote(f"adapter={arguments.out}")
     print(f"vllm serve {base.folder.source} --enable-lora --max-lora-rank {lora.rank} --lora-modules {name}")
     return 0

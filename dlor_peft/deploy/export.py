@@ -107,7 +107,7 @@ class Source:
         )
 
     def names(self, config: LoraConfig) -> tuple[dict[str, str], list[str]]:
-        """Module -> its name in the file, which PEFT reads; and modules that have no such name in the base's files.
+        """Module -> its name in the file, which PEFT reads; and modules not known by it in the base's files.
 
         Where transformers renames what it loads, the names are those in the base's files: vLLM and llama.cpp know no
         others, and PEFT renames those of a LoRA as transformers does.
@@ -118,7 +118,11 @@ class Source:
         model, modules = self.skeleton.model, [layer.module for layer in self.layers]
         stored: dict[str, str | None] = {module: module for module in modules}
         if get_checkpoint_conversion_mapping(model.config.model_type) is not None:
-            stored = self._stored_names(modules)
+            try:
+                stored = self._stored_names(modules)
+            except (OSError, ValueError):
+                # nothing else may need the weights
+                stored = dict.fromkeys(modules)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             wrapped = PeftModel(copy.deepcopy(model), copy.deepcopy(config), low_cpu_mem_usage=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from . import low_rank
 from .adapter import PREFIX, SavedAdapter
@@ -65,6 +66,7 @@ class LoraExport:
     max_error: float = MAX_ERROR
     fits: list[Fit] = field(init=False)
     foreign: list[str] = field(init=False, default_factory=list)
+    """Modules that the base's files have not, or by another name than the LoRA."""
 
     def __post_init__(self) -> None:
         """Measure.
@@ -78,7 +80,7 @@ class LoraExport:
         if not 0 <= self.max_error < 1:
             raise ValueError(f"max_error={self.max_error} must be at least 0 and below 1: a share of the update.")
         self.source = Source(self.base, self.adapter)
-        self.fits = [self._fit(layer) for layer in self.source.layers]
+        self.fits = [self._fit(layer) for layer in tqdm(self.source.layers, "measuring", unit="layer")]
         self._candidates = self._allowed_ranks()
 
     @property
@@ -114,6 +116,19 @@ class LoraExport:
             )
             write_adapter(folder, self.source, config, tensors, f"It has rank {self.rank} and {share}.")
         self.base.close()
+
+    def caveats(self) -> list[str]:
+        """What reads the LoRA as PEFT does, and what does not."""
+        found = []
+        if self.foreign:
+            found.append(
+                f"PEFT reads it; vLLM, SGLang and llama.cpp, which go by the names in the base's files, may not know "
+                f"{self.foreign[0]}{f' and {len(self.foreign) - 1} more' if len(self.foreign) > 1 else ''}"
+            )
+        tied = {name for names in self.source.skeleton.ties for name in names}
+        if shared := [fit.adapted.module for fit in self.fits if f"{fit.adapted.module}.weight" in tied]:
+            found.append(f"llama.cpp does not read it: {shared[0]} has no weight of its own in the base")
+        return found
 
     def table(self) -> str:
         """One line a layer, and the whole."""
@@ -152,7 +167,7 @@ class LoraExport:
 
     def _delta(self, adapted: Adapted) -> Tensor:
         W = self.source.weights.matrix(adapted.module)
-        return adapted.form.delta_weight(adapted.residual, W, 1.0)
+        return adapted.form.delta_weight(adapted.residual, W)
 
     def _allowed_ranks(self) -> list[int]:
         update = sum(fit.update for fit in self.fits)

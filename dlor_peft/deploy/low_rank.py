@@ -14,7 +14,7 @@ _DENSE = 1024
 """Up to this smaller side all singular values are computed, above it the largest by subspace iteration."""
 
 _OVERSAMPLING = 32
-_ITERATIONS = 4
+_ITERATIONS = 2
 
 
 def gain(form: Form, residual: Residual) -> Tensor | None:
@@ -47,6 +47,9 @@ def product(form: Form, residual: Residual, W: Tensor | None = None) -> tuple[Te
     W is used where the form `reads_weight`.
     """
     U, V = residual.U, residual.V
+    if form.r == 0:
+        # of a multiplicative form both have the rows of one side
+        return U.new_zeros(form.out_features, 0), U.new_zeros(0, form.in_features)
     if not reads_weight(form):
         return U, V.mT
     assert W is not None

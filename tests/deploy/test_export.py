@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -28,7 +28,7 @@ from dlor_peft.deploy.export_lora import RANKS, LoraExport
 from dlor_peft.form import Form
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:Setting `save_embedding_layers`", "ignore:Model with `tie_word_embeddings"
+    "ignore:Setting `save_embedding_layers`", "ignore:Model has `tie_word_embeddings"
 )
 
 # those with the diagonal on the outputs, or with one that is on both sides the same
@@ -53,7 +53,7 @@ def served(folder, model):
     """The exported adapter on a model, loaded by PEFT without a warning: every tensor is found and used."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`|Model with `tie_word_embeddings")
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`|Model has `tie_word_embeddings")
         return PeftModel.from_pretrained(model, folder / "out").eval()
 
 
@@ -81,6 +81,7 @@ def cases(draw):
     return form, resolved, resolved.residual(stored), W
 
 
+@settings(deadline=None, max_examples=60)
 @given(cases())
 def test_an_exact_form_is_the_adapter(case):
     name, form, residual, W = case
@@ -90,7 +91,7 @@ def test_an_exact_form_is_the_adapter(case):
         return
     B, A = low_rank.product(form, residual, W)
     assert B.shape[1] == form.r * form.depth
-    want = form.delta_weight(residual, W, 1.0)
+    want = form.delta_weight(residual, W)
     torch.testing.assert_close(gain[:, None] * W + B @ A, want)
     if name in LORA:
         assert not gain.any()
@@ -98,10 +99,11 @@ def test_an_exact_form_is_the_adapter(case):
         torch.testing.assert_close(rest.square().sum(), want.square().sum())
 
 
+@settings(deadline=None, max_examples=60)
 @given(cases(), st.integers(0, 9))
 def test_the_error_of_the_nearest_is_the_rest_of_the_singular_values(case, rank):
     _, form, residual, W = case
-    delta = form.delta_weight(residual, W, 1.0)
+    delta = form.delta_weight(residual, W)
     B, A, sigma = low_rank.nearest(delta, rank)
     torch.testing.assert_close((delta - B @ A).square().sum(), (delta.square().sum() - sigma.square().sum()).clamp(0))
     product = torch.randn(delta.shape[0], 5, dtype=torch.float64), torch.randn(5, delta.shape[1], dtype=torch.float64)
@@ -315,6 +317,11 @@ def test_names_are_those_of_the_base_s_files(tmp_path):
     assert names == {f"language_model.model.layers.0.{part}" for part in ("mlp.up_proj", "self_attn.q_proj")}
     assert {f"{name}.weight" for name in names} <= Checkpoint(tmp_path / "base").specs.keys()
     assert distance(logits(served(tmp_path, llava()), "llama"), logits(model, "llama")) < 1e-5
+    # without the files, the names are those in the model, which PEFT reads as well
+    (tmp_path / "base" / "model.safetensors").unlink()
+    (tmp_path / "out").rename(tmp_path / "before")
+    assert "may not know model.language_model.layers.0.self_attn.q_proj and 1 more" in lora(tmp_path).caveats()[0]
+    assert distance(logits(served(tmp_path, llava()), "llama"), logits(model, "llama")) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -345,6 +352,16 @@ def test_experts_are_refused(tmp_path):
     adapt(base, DLoRConfig(r=2, diagonal="none", **config), tmp_path)
     with pytest.raises(ValueError, match=r"experts \(MixtralExperts\)"):
         lora(tmp_path)
+
+
+def test_an_output_layer_that_is_tied(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 40}
+    base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True)).eval()
+    model = adapt(base, config_of("llama", "multiplicative-none-2", target_modules=["lm_head", "q_proj"]), tmp_path)
+    assert lora(tmp_path).caveats() == ["llama.cpp does not read it: lm_head has no weight of its own in the base"]
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    assert distance(logits(served(tmp_path, again), "llama"), logits(model, "llama")) < 1e-5
 
 
 def test_an_output_layer_whose_weight_is_saved_along(tmp_path):
