@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -73,9 +73,12 @@ def add_weighted_adapter(
     )
     _check(model, adapters, weights, adapter_name)
     layers, tied = _adapted_layers(model, adapters)
-    side = _common_side(model, adapters, layers)
-    _check_forms(how, adapters, layers, side)
-    closed = side not in (None, "both")
+    common = _common_fields(model, adapters, layers)
+    two_sided = any(
+        layer.form[adapter].side == "both" for layer in layers.values() for adapter in _on(layer, adapters)
+    )
+    closed = common is not None and not two_sided
+    _check_forms(how, adapters, layers, common, closed)
     by_residual = closed or how.by_tensor
     rank = svd_rank or max(_rank(layer, adapter) for layer in layers.values() for adapter in _on(layer, adapters))
     if how.by_svd and rank == 0 and not closed:
@@ -85,7 +88,7 @@ def add_weighted_adapter(
     if not how.by_svd:
         rank = max(residual.U.shape[-1] for residual in sums.values())
     tokens = _token_layers(model, adapters)
-    config = _config(model, adapters, rank, side if by_residual else None)
+    config = _config(model, adapters, rank, common if by_residual else None)
     config.target_modules = _pattern({**layers, **tied}, bool(tied)) or []
     config.ensure_weight_tying |= bool(tied)
     config.trainable_token_indices = {
@@ -101,7 +104,7 @@ def add_weighted_adapter(
     # PEFT looks for no targets inside of adapted modules, and does not find again what was tied and is adapted by now
     for name, residual in sums.items():
         if adapter_name not in layers[name].form:
-            layers[name].update_layer(adapter_name, rank, 1, config)
+            layers[name].update_layer(adapter_name, rank, 1, config.for_layer(layers[name].named_in_config(name)))
         layers[name].set_residual(adapter_name, residual)
     for layer in tied.values():
         if adapter_name not in layer.tied_to:
@@ -155,14 +158,20 @@ def _check(model: BaseTuner, adapters: Sequence[str], weights: Sequence[float], 
         )
 
 
-def _check_forms(how: Combination, adapters: Sequence[str], layers: dict[str, DLoRLayer], side: str | None) -> None:
+def _check_forms(
+    how: Combination,
+    adapters: Sequence[str],
+    layers: dict[str, DLoRLayer],
+    common: dict[str, Any] | None,
+    closed: bool,
+) -> None:
     remedy = f"""Use combination_type="{f"{how.kind}_svd" if how.prunes else "svd"}"."""
-    if how.kind == "cat" and side in (None, "both"):
+    if how.kind == "cat" and not closed:
         raise ValueError(
             f'dlor_peft.combine: "cat" needs adapters of one mode and one side other than "both", whose sum has that '
             f"form again; {', '.join(adapters)} have not. {remedy}"
         )
-    if how.by_tensor and side is None:
+    if how.by_tensor and common is None:
         raise ValueError(
             f'dlor_peft.combine: "{how.kind}" acts on diagonals, U and V one by one, and needs adapters of one mode '
             f"and one side, in which these mean the same; {', '.join(adapters)} have not. {remedy}"
@@ -233,36 +242,35 @@ def _on(module: DLoRLayer | ModulesToSaveWrapper | TrainableTokensLayer, adapter
     return [adapter for adapter in adapters if adapter in present]
 
 
-def _common_side(model: BaseTuner, adapters: Sequence[str], layers: dict[str, DLoRLayer]) -> str | None:
-    """The `side` of a config that means on each layer the form that all adapters have there; None if there is none."""
-    sides = []
+def _common_fields(model: BaseTuner, adapters: Sequence[str], layers: dict[str, DLoRLayer]) -> dict[str, Any] | None:
+    """The fields of a config that mean on each layer the mode and the side that all adapters have there, if any do."""
+    forms = [layer.form[adapter] for layer in layers.values() for adapter in _on(layer, adapters)]
+    modes, sides = {form.mode for form in forms}, {form.side for form in forms} - {None}
     for layer in layers.values():
-        here = {layer.form[adapter].side for adapter in _on(layer, adapters)} - {None}
-        if len(here) > 1:
+        here = [layer.form[adapter] for adapter in _on(layer, adapters)]
+        if len({form.mode for form in here}) > 1 or len({form.side for form in here} - {None}) > 1:
             return None
-        sides.extend(here)
-    configs = _configs(model, adapters)
-    if len({config.mode for config in configs}) > 1:
+    fields = ("mode", "side", "mode_pattern", "side_pattern")
+    first, *others = [{field: getattr(config, field) for field in fields} for config in _configs(model, adapters)]
+    if all(other == first for other in others):
+        return first
+    if len(modes) > 1 or len(sides) > 1:
         return None
-    if not sides:
-        return "auto"
-    if len({config.side for config in configs}) == 1:
-        return configs[0].side
-    return sides[0] if len(set(sides)) == 1 else None
+    return {"mode": modes.pop(), "side": sides.pop() if sides else "auto", "mode_pattern": {}, "side_pattern": {}}
 
 
-def _config(model: BaseTuner, adapters: Sequence[str], rank: int, side: str | None) -> DLoRConfig:
+def _config(model: BaseTuner, adapters: Sequence[str], rank: int, common: dict[str, Any] | None) -> DLoRConfig:
     """What the adapters' configs have in common with their combination; which layers it adapts is left open."""
     configs = _configs(model, adapters)
     diagonals = {config.diagonal for config in configs}
     diagonal = next(kind for kind in ("vector", "scalar", "none") if kind in diagonals)
+    dense = {"mode": "additive", "side": "auto", "mode_pattern": {}, "side_pattern": {}}
     saved = sorted({module for config in configs for module in config.modules_to_save or ()})
     return replace(
         configs[0],
         r=rank,
-        mode="additive" if side is None else configs[0].mode,
-        side=side or "auto",
-        diagonal="none" if side is None else diagonal,
+        **(common or dense),
+        diagonal=diagonal if common else "none",
         depth=1,
         # a layer that cannot have dropout has none in any adapter
         dlor_dropout=min(config.dlor_dropout for config in configs),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ MODES = ("additive", "scaled", "multiplicative")
 SIDES = ("input", "output", "both", "auto")
 DIAGONALS = ("vector", "scalar", "none")
 BIASES = ("none", "all", "dlor_only")
+PATTERNS = {"mode": "mode_pattern", "side": "side_pattern", "r": "rank_pattern", "depth": "depth_pattern"}
 
 
 @document_fields
@@ -93,6 +95,13 @@ class DLoRConfig(PeftConfig):
     depth_pattern: dict[str, int] = field(default_factory=dict)
     """Depths that differ from depth: module name or regex -> depth."""
 
+    mode_pattern: dict[str, str] = field(default_factory=dict)
+    """Modes that differ from mode: module name or regex -> mode."""
+
+    side_pattern: dict[str, str] = field(default_factory=dict)
+    """Sides that differ from side: module name or regex -> side. What a layer gets from all patterns together must be
+    allowed for one mode: for a layer of mode "additive", for example, "auto"."""
+
     bias: str = "none"
     """Which biases are trained besides the adapters: "none", "all" or "dlor_only" (those of adapted layers). Trained
     biases belong to the base model: disabling the adapter does not restore them."""
@@ -125,8 +134,8 @@ class DLoRConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # pyright: ignore[reportAttributeAccessIssue]
-        self.rank_pattern = self.rank_pattern or {}
-        self.depth_pattern = self.depth_pattern or {}
+        for name in PATTERNS.values():
+            setattr(self, name, getattr(self, name) or {})
         # PEFT fills them in while it injects the adapter; they are not saved
         self.modules_to_tie: set[str] | None = None
         self.target_modules_to_tie: set[str] | None = None
@@ -134,10 +143,28 @@ class DLoRConfig(PeftConfig):
         self._check_form()
         self._check_layers()
 
-    def rank_and_depth(self, name: str) -> tuple[int, int]:
-        """r and depth on the layer of that name: those of the first pattern that matches, or the general ones."""
-        r = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), name), self.r)
-        return r, self.depth_pattern.get(get_pattern_key(list(self.depth_pattern), name), self.depth)
+    def for_layer(self, name: str) -> DLoRConfig:
+        """This configuration for the layer of that name alone, without patterns.
+
+        Mode, side, r and depth are each those of the first key of their pattern that matches, or the general ones.
+
+        Raises:
+            ValueError: together they have no meaning, such as a depth of 2 in mode "scaled".
+        """
+        layer = copy.copy(self)
+        for field_name, pattern_name in PATTERNS.items():
+            pattern = getattr(self, pattern_name)
+            value = pattern.get(get_pattern_key(list(pattern), name), getattr(self, field_name))
+            setattr(layer, field_name, value)
+            setattr(layer, pattern_name, {})
+        try:
+            layer._check_form()
+        except ValueError as error:
+            raise ValueError(
+                f"{error} These are the values that the patterns give the layer {name!r}: name it in mode_pattern, "
+                "side_pattern, rank_pattern or depth_pattern."
+            ) from None
+        return layer
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, and into the model card what the adapter is and how to load it."""
@@ -151,12 +178,15 @@ class DLoRConfig(PeftConfig):
         _check_choice("bias", self.bias, BIASES)
         _check_integer("r", self.r, 0)
         _check_integer("depth", self.depth, 1)
+        for name in PATTERNS.values():
+            if not isinstance(getattr(self, name), dict):
+                raise _error(TypeError, name, getattr(self, name), "a dict", "Map module names or regexes to values.")
         for name, lowest in (("rank_pattern", 0), ("depth_pattern", 1)):
-            pattern = getattr(self, name)
-            if not isinstance(pattern, dict):
-                raise _error(TypeError, name, pattern, "a dict", "Map module names or regexes to integers.")
-            for key, value in pattern.items():
+            for key, value in getattr(self, name).items():
                 _check_integer(f"{name}[{key!r}]", value, lowest)
+        for name, known in (("mode_pattern", MODES), ("side_pattern", SIDES)):
+            for key, value in getattr(self, name).items():
+                _check_choice(f"{name}[{key!r}]", value, known)
         if isinstance(self.dlor_dropout, bool) or not isinstance(self.dlor_dropout, int | float):
             raise _error(TypeError, "dlor_dropout", self.dlor_dropout, "a number", "Pass a probability such as 0.05.")
         if not 0 <= self.dlor_dropout < 1:
@@ -173,33 +203,39 @@ class DLoRConfig(PeftConfig):
                 'dlor_peft.config: r=0 with diagonal="none" leaves nothing to train. Give r >= 1 (in rank_pattern '
                 'too), or a diagonal "vector" or "scalar".'
             )
+        # which layers the patterns name is not known yet: `for_layer` looks at each
+        modes = {self.mode, *self.mode_pattern.values()}
         deepest = max(self.depth, *self.depth_pattern.values(), 1)
-        if deepest > 1 and self.mode != "multiplicative":
+        if deepest > 1 and "multiplicative" not in modes:
             raise ValueError(
                 f'dlor_peft.config: depth={deepest} needs mode="multiplicative", but mode is {self.mode!r}: a stack '
                 f"of additive or scaled terms is one term of rank depth * r. Use r={deepest * max(self.r, 1)} with "
                 f'depth=1 for the same number of parameters, or mode="multiplicative".'
             )
-        if self.side == "both" and self.mode != "scaled":
+        for side in (self.side, *self.side_pattern.values()):
+            self._check_side(side, modes)
+
+    def _check_side(self, side: str, modes: set[str]) -> None:
+        if side == "both" and "scaled" not in modes:
             raise ValueError(
                 f'dlor_peft.config: side="both" needs mode="scaled", but mode is {self.mode!r}. Use side="input", '
                 f'"output" or "auto".'
             )
-        if self.side != "auto" and self.mode == "additive":
+        if side != "auto" and modes == {"additive"}:
             raise ValueError(
-                f'dlor_peft.config: side={self.side!r} has no meaning in mode "additive", whose update is added to '
+                f'dlor_peft.config: side={side!r} has no meaning in mode "additive", whose update is added to '
                 f'the weight. Leave side="auto".'
             )
-        if self.side != "auto" and self.mode == "scaled" and self.diagonal == "none":
+        if side != "auto" and "multiplicative" not in modes and self.diagonal == "none":
             raise ValueError(
-                f'dlor_peft.config: side={self.side!r} has no meaning in mode "scaled" with diagonal="none": only the '
+                f'dlor_peft.config: side={side!r} has no meaning in mode "scaled" with diagonal="none": only the '
                 f'diagonal has a side there. Leave side="auto", or use diagonal="vector" or "scalar".'
             )
 
     def _check_layers(self) -> None:
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             _check_items(name, getattr(self, name), str, "a string", alone=True)
-        for name in ("target_modules", "exclude_modules", "rank_pattern", "depth_pattern"):
+        for name in ("target_modules", "exclude_modules", *PATTERNS.values()):
             value = getattr(self, name)
             for pattern in [value] if isinstance(value, str) else value if isinstance(value, dict) else ():
                 _check_regex(name, pattern)

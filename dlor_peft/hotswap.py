@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .config import DLoRConfig
 from .form import Form
-from .layers import DLoRLayer, ParamWrapper
+from .layers import DLoRLayer
 from .layers.attention import UncalledLinear
 
 
@@ -132,7 +132,7 @@ def _as_its_source(name: str, tensors: dict[str, Tensor], source: dict[str, Tens
 def _check(name: str, layer: DLoRLayer, tensors: dict[str, Tensor], adapter_name: str, config: DLoRConfig) -> None:
     """ValueError where the tensors of another adapter mean something else on this layer, or do not fit into it."""
     form = layer.form[adapter_name]
-    other = layer.resolve_form(config, form.r, form.depth)
+    other = _other_form(name, layer, form, config)
     dropout = getattr(layer.dlor_dropout[adapter_name], "p", 0.0)
     if other != form or dropout != config.dlor_dropout:
         raise ValueError(
@@ -148,6 +148,16 @@ def _check(name: str, layer: DLoRLayer, tensors: dict[str, Tensor], adapter_name
             f"dlor_peft.hotswap: the other adapter's tensors of {name} have the shapes {shapes}, which does not fit "
             f"into {form.shapes}. Load the adapter of the largest depth first, on the same base model."
         )
+
+
+def _other_form(name: str, layer: DLoRLayer, form: Form, config: DLoRConfig) -> Form:
+    """What the other adapter's config means on this layer, but for the rank and the depth."""
+    keys = [layer.named_in_config(name)]
+    if isinstance(layer, UncalledLinear):
+        # the name of attention stands for its out-projection too
+        keys.append(keys[0].rpartition(".")[0])
+    forms = [layer.resolve_form(config.for_layer(key), form.r, form.depth) for key in keys]
+    return form if form in forms else forms[0]
 
 
 def _meaning(form: Form, dropout: float) -> str:
@@ -225,7 +235,7 @@ def _tell_ranks(model: nn.Module) -> None:
     """The configs in `model` learn the ranks that its layers have, so that they fit when they are saved."""
     for base_model, adapter_name, config in _configs(model):
         ranks = _ranks(base_model, adapter_name)
-        if all(config.rank_and_depth(key)[0] == r for key, r in ranks.items()):
+        if all(config.for_layer(key).r == r for key, r in ranks.items()):
             continue
         ((config.r, _),) = Counter(ranks.values()).most_common(1)
         others = {key for key, r in ranks.items() if r != config.r}
@@ -240,9 +250,7 @@ def _ranks(model: nn.Module, adapter_name: str) -> dict[str, int]:
     for name, layer in _layers(model):
         if adapter_name not in layer.form or adapter_name in layer.tied_to:
             continue
-        key, r = name.replace(".base_layer", ""), layer.form[adapter_name].r
-        if isinstance(layer, ParamWrapper):
-            key = f"{key}.{layer.parameter_name}"
+        key, r = layer.named_in_config(name), layer.form[adapter_name].r
         # the name of attention stands for its out-projection too
         if not isinstance(layer, UncalledLinear) or ranks.get(key.rpartition(".")[0]) != r:
             ranks[key] = r

@@ -14,7 +14,17 @@ if TYPE_CHECKING:
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-FACTS = ("mode", "side", "diagonal", "r", "depth", "base_model_name_or_path", "dlor_version")
+FACTS = (
+    "mode",
+    "mode_pattern",
+    "side",
+    "side_pattern",
+    "diagonal",
+    "r",
+    "depth",
+    "base_model_name_or_path",
+    "dlor_version",
+)
 TENSORS = ("dlor_diag", "dlor_diag_in", "dlor_U", "dlor_V")
 _KEY = re.compile(rf"(?:base_model\.model\.)?(?P<module>.+)\.(?P<tensor>{'|'.join(TENSORS)})\.weight")
 
@@ -64,7 +74,7 @@ def inspect_adapter(folder: str | Path) -> str:
     config = _read_config(folder)
     layers, others = _read_layers(folder)
     header = ["module", "r", "depth", "parameters", "max |delta|", "||U||", "||V||", "shapes"]
-    facts = [f"{name}: {config[name]}" for name in FACTS if config.get(name) is not None]
+    facts = [f"{name}: {config[name]}" for name in FACTS if config.get(name) not in (None, {})]
     num_parameters = sum(layer.num_parameters for layer in layers)
     lines = [*facts, "", format_table([header, *(layer.row() for layer in layers)]), ""]
     lines.append(f"{len(layers)} layers, {num_parameters:,} parameters in DLoR tensors")

@@ -20,7 +20,7 @@ from peft.utils.warning import PeftWarning
 from torch import Tensor, nn
 
 from .combine import add_weighted_adapter
-from .config import DLoRConfig
+from .config import PATTERNS, DLoRConfig
 from .layers import DLoRLayer, ParamWrapper, layer_class
 from .layers.attention import MultiheadAttention, UncalledLinear
 from .layers.placement import is_fsdp_managed, offload_hook, stay
@@ -99,7 +99,7 @@ class DLoRModel(TyingTuner, MergingTuner):
         # the tensors say what is adapted, where they are given
         if state_dict is None and not config.inference_mode:
             _warn_of_unmatched(asked, adapted)
-        for field in ("rank_pattern", "depth_pattern"):
+        for field in PATTERNS.values():
             unmatched = [
                 key
                 for key in getattr(config, field)
@@ -157,8 +157,8 @@ class DLoRModel(TyingTuner, MergingTuner):
         if parameter_name is not None and is_left_out(config, current_key.rpartition(".")[0]):
             return
         stored_shapes = getattr(self, "_stored_shapes", {})
-        r, depth = _rank_and_depth(config, current_key, stored_shapes)
         tied_to = tied_source(self, config, adapter_name, current_key)
+        config = _for_layer(config, current_key, stored_shapes)
         if isinstance(parent, MultiheadAttention):
             # its out-projection, which it adapts itself
             parent = parent.get_base_layer()
@@ -166,15 +166,13 @@ class DLoRModel(TyingTuner, MergingTuner):
         # a further parameter of one module nests in the wrapper of the first
         nests = isinstance(target, ParamWrapper) and target.parameter_name != parameter_name
         if isinstance(target, DLoRLayer) and not nests:
-            target.update_layer(adapter_name, r, depth, config, tied_to)
+            target.update_layer(adapter_name, config.r, config.depth, config, tied_to)
             return
         new_module = DLoRModel._create_new_module(
             config,
             adapter_name,
             target,
             current_key,
-            r,
-            depth,
             parameter_name=parameter_name,
             tied_to=tied_to,
             **get_quantization_kwargs(self.model),
@@ -196,8 +194,6 @@ class DLoRModel(TyingTuner, MergingTuner):
         adapter_name: str,
         target: nn.Module,
         current_key: str,
-        r: int,
-        depth: int,
         parameter_name: str | None = None,
         tied_to: DLoRLayer | None = None,
         **quantization_kwargs: Any,
@@ -209,7 +205,7 @@ class DLoRModel(TyingTuner, MergingTuner):
                 kwargs = {**kwargs, "parameter_name": parameter_name}
             else:
                 cls = layer_class(target, **quantization_kwargs)
-            new_module = cls(target, adapter_name, r, depth, config, tied_to=tied_to, **kwargs)
+            new_module = cls(target, adapter_name, config.r, config.depth, config, tied_to=tied_to, **kwargs)
         except ValueError as error:
             raise ValueError(f"{error} The target is {current_key!r}.") from None
         if config.fan_in_fan_out and not new_module.fan_in_fan_out:
@@ -348,20 +344,21 @@ def _ends(name: str, end: str) -> bool:
     return f".{name.replace('.base_layer', '')}".endswith(f".{end}")
 
 
-def _rank_and_depth(config: DLoRConfig, key: str, stored: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-    """Those of the tensors that will be loaded, where they are known, else those that the config has for the layer.
+def _for_layer(config: DLoRConfig, key: str, stored: Mapping[str, tuple[int, ...]]) -> DLoRConfig:
+    """What the config has for the layer; r and depth are those of the tensors that will be loaded, if they are known.
 
     Where the two differ, the config learns of it, so that it fits when it is saved.
     """
-    r, depth = config.rank_and_depth(key)
+    layer = config.for_layer(key)
     shape = stored.get(f"{key}.dlor_U.weight", (*stored.get(f"{key}.dlor_diag.weight", ()), 0))
     if len(shape) == 1:
-        return r, depth
-    if shape[-1] != r:
+        return layer
+    if shape[-1] != layer.r:
         config.rank_pattern = {re.escape(key): shape[-1], **config.rank_pattern}
-    if shape[0] != depth:
+    if shape[0] != layer.depth:
         config.depth_pattern = {re.escape(key): shape[0], **config.depth_pattern}
-    return shape[-1], shape[0]
+    layer.r, layer.depth = shape[-1], shape[0]
+    return layer
 
 
 def _do_nothing(module: nn.Module, args: tuple) -> None:

@@ -1,23 +1,19 @@
-"""A = F_K ... F_1, A = c I + sum_k U_k V_k^T, delta ~ diag(d) + U V^T: dense matrices as diagonal plus low rank.
+"""A = F_K ... F_1, A = c I + sum_k U_k V_k^T: dense matrices as products and sums of diagonal plus low rank.
 
-Shapes: A (n, n) for products, (p, q) for sums; delta, W (O, I)
+Shapes: A (n, n) for products, (p, q) for sums
     d (K, n), U (K, n, r), V (K, n, r)   stacks of K factors of rank r, the factor that meets the data first in front
 
 Inputs are float32 or float64 and are not changed; results have their dtype and device and carry no gradient.
 Source: arXiv 2605.05659, the theorems that width and depth of such terms reach any matrix.
 """
 
-import difflib
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .maths import DLoR, require_float, row_coefficients
-
-KINDS = ("additive", "row", "column")
+from .maths import DLoR, require_float
 
 
 @torch.no_grad()
@@ -95,93 +91,6 @@ def factorise_sum(
     m = _rank(sizes, abs(c), tolerance, A)
     root = sizes[:m].sqrt()
     return c, _in_blocks(left[:, :m] * root, r), _in_blocks(right[:m].mT * root, r)
-
-
-class Nearest(NamedTuple):
-    """delta ~ diag(d) + U V^T, diag(d) W + U V^T or W diag(d) + U V^T, by kind."""
-
-    d: Tensor
-    """(min(O, I),), (O,) or (I,), by kind."""
-
-    U: Tensor
-    """(O, r)."""
-
-    V: Tensor
-    """(I, r)."""
-
-    residual: float
-    """||delta - its approximation||_F / ||delta||_F; 0 for delta = 0."""
-
-
-@torch.no_grad()
-def nearest(
-    delta: Tensor, r: int, kind: str, W: Tensor | None = None, iterations: int = 100, tolerance: float = 1e-6
-) -> Nearest:
-    """min ||delta - B(d) - U V^T||_F, with B(d) = diag(d) "additive", diag(d) W "row", W diag(d) "column".
-
-    delta = W' - W (O, I). Alternates a truncated SVD of the remainder with the least-squares d, both exact, so the
-    residual never grows; stops when one round lowers it by less than the share `tolerance`, or after `iterations`.
-    That is a stationary point, not always the global minimum: so it starts both from d = 0 (hence never worse than
-    the SVD of rank r alone) and from the best d alone, and keeps the better. Zero rows or columns of W get d = 0.
-    O(iterations O I min(O, I)).
-    """
-    if kind not in KINDS:
-        close = difflib.get_close_matches(str(kind), KINDS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(
-            f"dlor_peft.reconstruct.nearest: unknown kind {kind!r}, known are {', '.join(map(repr, KINDS))}{hint}"
-        )
-    require_float("reconstruct.nearest", delta)
-    _require_rank("reconstruct.nearest", r, 0)
-    if kind == "additive":
-        if W is not None:
-            raise ValueError(
-                "dlor_peft.reconstruct.nearest: kind 'additive' does not depend on W; leave W out, or use 'row' "
-                "or 'column'"
-            )
-        fit = _nearest_row(delta, _eye_like(delta), r, iterations, tolerance)
-        return fit._replace(d=fit.d[: min(delta.shape)])
-    if W is None or W.shape != delta.shape:
-        got = "None" if W is None else f"of shape {tuple(W.shape)}"
-        raise ValueError(
-            f"dlor_peft.reconstruct.nearest: kind {kind!r} needs W of the shape of delta, "
-            f"{tuple(delta.shape)}; got {got}"
-        )
-    require_float("reconstruct.nearest", W)
-    if kind == "row":
-        return _nearest_row(delta, W.to(delta), r, iterations, tolerance)
-    fit = _nearest_row(delta.mT, W.to(delta).mT, r, iterations, tolerance)
-    return fit._replace(U=fit.V, V=fit.U)
-
-
-def _nearest_row(delta: Tensor, W: Tensor, r: int, iterations: int, tolerance: float) -> Nearest:
-    starts = (torch.zeros_like(delta[:, 0]), row_coefficients(delta, W))
-    return min((_descend(delta, W, d, r, iterations, tolerance) for d in starts), key=lambda fit: fit.residual)
-
-
-def _descend(delta: Tensor, W: Tensor, d: Tensor, r: int, iterations: int, tolerance: float) -> Nearest:
-    total = torch.linalg.norm(delta).item() or 1.0
-    best = None
-    for _ in range(max(1, iterations)):
-        U, V = _truncated_svd(delta - d[:, None] * W, r)
-        low_rank = U @ V.mT
-        d = row_coefficients(delta - low_rank, W)
-        residual = torch.linalg.norm(delta - low_rank - d[:, None] * W).item() / total
-        if best is not None and not residual < best.residual:
-            break
-        stationary = best is not None and best.residual - residual <= tolerance * best.residual
-        best = Nearest(d, U, V, residual)
-        if stationary or residual == 0:
-            break
-    assert best is not None
-    return best
-
-
-def _truncated_svd(matrix: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    left, sizes, right = torch.linalg.svd(matrix, full_matrices=False)
-    root = sizes[:r].sqrt()
-    pad = (0, r - len(root))
-    return F.pad(left[:, :r] * root, pad), F.pad(right[:r].mT * root, pad)
 
 
 def _in_blocks(columns: Tensor, r: int) -> Tensor:

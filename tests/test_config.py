@@ -9,6 +9,7 @@ from peft.utils.peft_types import PeftType
 
 import dlor_peft
 from dlor_peft import DLoRConfig
+from dlor_peft.config import PATTERNS
 
 OWN_FIELDS = [
     field
@@ -41,6 +42,11 @@ BAD_VALUES = [
     ({"rank_pattern": {"q": None}}, TypeError, r"rank_pattern\['q'\] must be an integer"),
     ({"mode": "multiplicative", "depth_pattern": {"q": 0}}, ValueError, r"depth_pattern\['q'\] must be .*at least 1"),
     ({"mode": "multiplicative", "depth_pattern": {"q": "2"}}, TypeError, r"depth_pattern\['q'\] must be an integer"),
+    ({"mode_pattern": {"q": "scale"}}, ValueError, r"mode_pattern\['q'\] must be one of .*Did you mean 'scaled'"),
+    ({"mode_pattern": {"q": None}}, ValueError, r"mode_pattern\['q'\] must be one of"),
+    ({"mode_pattern": {"q(": "scaled"}}, ValueError, r"mode_pattern must be a regex"),
+    ({"side_pattern": {"q": "inputs"}}, ValueError, r"side_pattern\['q'\] must be one of .*Did you mean 'input'"),
+    ({"side_pattern": {1: "input"}}, TypeError, r"side_pattern must be a module name or a regex"),
     ({"dlor_dropout": -0.1}, ValueError, r"dlor_dropout must be at least 0 and below 1"),
     ({"dlor_dropout": 1}, ValueError, r"dlor_dropout must be at least 0 and below 1"),
     ({"dlor_dropout": float("nan")}, ValueError, r"dlor_dropout must be at least 0 and below 1"),
@@ -74,6 +80,10 @@ BAD_COMBINATIONS = [
     ({"diagonal": "none", "side": "input"}, r'no meaning in mode "scaled" with diagonal="none".*Leave side="auto"'),
     ({"diagonal": "none", "side": "output"}, r'no meaning in mode "scaled" with diagonal="none"'),
     ({"diagonal": "none", "side": "both"}, r'no meaning in mode "scaled" with diagonal="none"'),
+    ({"mode_pattern": {"q": "additive"}, "depth_pattern": {"q": 2}}, r'depth=2 needs mode="multiplicative"'),
+    ({"mode": "additive", "side_pattern": {"q": "both"}}, r'side="both" needs mode="scaled"'),
+    ({"mode": "additive", "side_pattern": {"q": "input"}}, r"side='input' has no meaning in mode \"additive\""),
+    ({"diagonal": "none", "side_pattern": {"q": "input"}}, r'no meaning in mode "scaled" with diagonal="none"'),
     ({"target_modules": ".*q", "layers_to_transform": [0]}, r"`layers_to_transform` cannot be used when .* is a str"),
     ({"target_modules": ".*q", "layers_pattern": "h"}, r"`layers_pattern` cannot be used when .* is a str"),
     ({"target_modules": ["q"], "layers_pattern": "h"}, r"`layers_to_transform` must also be specified"),
@@ -89,6 +99,9 @@ GOOD = [
     {"mode": "multiplicative", "diagonal": "none", "side": "input", "depth": 4},
     {"mode": "multiplicative", "depth_pattern": {"q": 2}, "rank_pattern": {"q": 0}},
     {"mode": "additive", "depth_pattern": {"q": 1}},
+    {"mode": "multiplicative", "depth": 2, "mode_pattern": {"q": "scaled"}, "depth_pattern": {"q": 1}},
+    {"mode_pattern": {"q": "multiplicative"}, "depth_pattern": {"q": 3}},
+    {"mode": "additive", "mode_pattern": {"q": "scaled"}, "side_pattern": {"q": "both"}},
     {"dlor_dropout": 0},
     {"target_modules": ["q"], "layers_to_transform": 0, "layers_pattern": "h"},
     {"target_modules": ["q"], "layers_to_transform": [0, 2]},
@@ -110,7 +123,9 @@ def test_a_combination_without_meaning_is_refused(values, message):
 
 
 @pytest.mark.parametrize(
-    "values", [{"rank_pattern": ["q"]}, {"rank_pattern": "q"}, {"depth_pattern": [("q", 1)]}], ids=str
+    "values",
+    [{"rank_pattern": ["q"]}, {"rank_pattern": "q"}, {"depth_pattern": [("q", 1)]}, {"mode_pattern": "additive"}],
+    ids=str,
 )
 def test_a_pattern_that_is_no_dict_is_refused(values):
     with pytest.raises(TypeError, match=next(iter(values))):
@@ -132,7 +147,8 @@ def test_every_field_survives_the_disk(tmp_path):
         "init_weights": False, "target_modules": ["q", "v"], "exclude_modules": ["lm_head"],
         "modules_to_save": ["head"],
         "layers_to_transform": [0, 1], "layers_pattern": ["layers"], "rank_pattern": {"q": 0},
-        "depth_pattern": {"v": 3}, "bias": "dlor_only", "fan_in_fan_out": True,
+        "depth_pattern": {"v": 3}, "mode_pattern": {"v": "scaled"},
+        "side_pattern": {"k": "input"}, "bias": "dlor_only", "fan_in_fan_out": True,
         "trainable_token_indices": {"embed": [1, 2]},
         "target_parameters": ["experts.down_proj"], "ensure_weight_tying": True, "dlor_version": "0.0.9",
     }  # fmt: skip
@@ -167,9 +183,36 @@ def test_lists_become_sets_and_patterns_stay():
 
 
 def test_none_for_a_pattern_means_no_exceptions():
-    config = DLoRConfig(rank_pattern=None, depth_pattern=None)
-    assert config.rank_pattern == {}
-    assert config.depth_pattern == {}
+    config = DLoRConfig(**dict.fromkeys(PATTERNS.values()))
+    assert all(getattr(config, name) == {} for name in PATTERNS.values())
+
+
+def test_the_values_of_a_layer():
+    config = DLoRConfig(
+        mode="multiplicative", r=4, depth=2, target_modules=["q", "k", "v"],
+        mode_pattern={"layers.0.q|k": "scaled", "layers.1.q": "additive"}, side_pattern={"k": "both"},
+        rank_pattern={"k": 1, r"layers\.\d\.k": 2}, depth_pattern={"q|k": 1, "v": 3},
+    )  # fmt: skip
+
+    def of(name):
+        layer = config.for_layer(name)
+        assert layer.target_modules == config.target_modules
+        assert not any(getattr(layer, name) for name in PATTERNS.values())
+        return layer.mode, layer.side, layer.r, layer.depth
+
+    assert of("model.layers.0.q") == ("scaled", "auto", 4, 1)
+    assert of("model.layers.1.q") == ("additive", "auto", 4, 1)
+    assert of("layers.1.k") == ("scaled", "both", 1, 1)
+    assert of("v") == ("multiplicative", "auto", 4, 3)
+    assert of("other") == ("multiplicative", "auto", 4, 2)
+    assert config.mode == "multiplicative"
+    assert len(config.mode_pattern) == 2
+
+
+def test_values_of_a_layer_that_have_no_meaning_together():
+    config = DLoRConfig(mode="multiplicative", depth=2, mode_pattern={"q": "scaled"})
+    with pytest.raises(ValueError, match=r"depth=2 needs.*give the layer 'a\.q': name it in .*depth_pattern"):
+        config.for_layer("a.q")
 
 
 @pytest.mark.parametrize("field", OWN_FIELDS, ids=lambda field: field.name)

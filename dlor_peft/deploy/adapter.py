@@ -139,30 +139,45 @@ def _sorted_out(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, dict[
 
 def _check_layer(module: str, factors: Mapping[str, Tensor], config: DLoRConfig, folder: Path) -> None:
     """ValueError where the tensors are not those of the configuration, as far as they show without the base model."""
-    r, depth = config.rank_and_depth(module)
-    expected = {"dlor_U", "dlor_V"} if r else set()
-    if config.diagonal != "none":
-        expected |= {"dlor_diag", "dlor_diag_in"} if config.side == "both" else {"dlor_diag"}
-
-    def refuse(finding: str) -> None:
+    layers = _for_layer(module, config)
+    findings = [_finding(factors, layer) for layer in layers]
+    if all(findings):
+        layer = layers[0]
         raise ValueError(
-            f"{folder}: {module} {finding}, while {CONFIG} says mode {config.mode!r}, side {config.side!r}, diagonal "
-            f"{config.diagonal!r}, r {r}, depth {depth} for it. The two files do not belong together, or one is "
-            "damaged."
+            f"{folder}: {module} {findings[0]}, while {CONFIG} says mode {layer.mode!r}, side {layer.side!r}, "
+            f"diagonal {layer.diagonal!r}, r {layer.r}, depth {layer.depth} for it. The two files do not belong "
+            "together, or one is damaged."
         )
 
+
+def _for_layer(module: str, config: DLoRConfig) -> list[DLoRConfig]:
+    """What the configuration may have for the tensors under that name: parameters of one module nest in any order."""
+    name = module.replace(".base_layer", "")
+    parameters = [parameter.rpartition(".") for parameter in config.target_parameters or ()]
+    leaves = [leaf for owner, _, leaf in parameters if not owner or f".{name}".endswith(f".{owner}")]
+    # a linear layer may be called like the owner of a parameter that is named alone
+    return [config.for_layer(name), *(config.for_layer(f"{name}.{leaf}") for leaf in leaves)]
+
+
+def _finding(factors: Mapping[str, Tensor], config: DLoRConfig) -> str | None:
+    """What is wrong with the tensors of a layer that has this configuration."""
+    expected = {"dlor_U", "dlor_V"} if config.r else set()
+    if config.diagonal != "none":
+        expected |= {"dlor_diag", "dlor_diag_in"} if config.side == "both" else {"dlor_diag"}
     if missing := sorted(expected - factors.keys()):
-        refuse(f"has no {', '.join(missing)}")
+        return f"has no {', '.join(missing)}"
     if extra := sorted(factors.keys() - expected):
-        refuse(f"has {', '.join(extra)}")
+        return f"has {', '.join(extra)}"
     for name, tensor in factors.items():
         rank = 2 if name.startswith("dlor_diag") else 3
-        if tensor.ndim not in (rank, rank + 1) or tensor.shape[0] != depth or (rank == 3 and tensor.shape[-1] != r):
-            refuse(f"has a {name} of shape {tuple(tensor.shape)}")
-        if rank == 2 and config.diagonal == "scalar" and tensor.shape[-1] != 1:
-            refuse(f"has a {name} of shape {tuple(tensor.shape)}")
-    if config.mode == "multiplicative" and r and factors["dlor_U"].shape != factors["dlor_V"].shape:
-        refuse(f"has U {tuple(factors['dlor_U'].shape)} and V {tuple(factors['dlor_V'].shape)}")
+        is_of_rank = rank == 2 or tensor.shape[-1] == config.r
+        is_scalar = rank == 3 or config.diagonal != "scalar" or tensor.shape[-1] == 1
+        is_stack = tensor.ndim in (rank, rank + 1) and tensor.shape[0] == config.depth
+        if not (is_of_rank and is_scalar and is_stack):
+            return f"has a {name} of shape {tuple(tensor.shape)}"
+    if config.mode == "multiplicative" and config.r and factors["dlor_U"].shape != factors["dlor_V"].shape:
+        return f"has U {tuple(factors['dlor_U'].shape)} and V {tuple(factors['dlor_V'].shape)}"
+    return None
 
 
 def natural(name: str) -> list[tuple[int, str]]:

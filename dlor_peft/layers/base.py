@@ -84,6 +84,10 @@ class DLoRLayer(WeightLayer):
         assert out_features is not None
         return in_features, out_features
 
+    def named_in_config(self, name: str) -> str:
+        """What the patterns of a config are matched with, where `name` is that of this module in the model."""
+        return name.replace(".base_layer", "")
+
     def resolve_form(self, config: DLoRConfig, r: int, depth: int) -> Form:
         """The form that `config` means on this layer; ValueError where the layer cannot have it."""
         return Form.resolve(config, r, depth, self.in_features, self.out_features)

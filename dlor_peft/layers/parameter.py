@@ -108,6 +108,9 @@ class ParamWrapper(ParameterLayer):
         # DeepSpeed ZeRO-3 leaves an empty tensor behind
         return tuple(getattr(weight, "ds_shape", weight.shape))
 
+    def named_in_config(self, name: str) -> str:
+        return f"{super().named_in_config(name)}.{self.parameter_name}"
+
     def _features(self) -> tuple[int, int]:
         if len(self._shape) not in (2, 3):
             raise ValueError(

@@ -217,7 +217,7 @@ def test_experts(tmp_path):
     swap(model, saved(other, tmp_path / "other"))
     torch.testing.assert_close(answer(model), answer(other))
     config = model.peft_config["default"]
-    assert {config.rank_and_depth(f"experts.{name}")[0] for name in ("up", "down")} == {2, 3}
+    assert {config.for_layer(f"experts.{name}").r for name in ("up", "down")} == {2, 3}
     again = PeftModel.from_pretrained(torch.nn.ModuleDict({"experts": Experts()}), saved(model, tmp_path / "again"))
     assert torch.equal(answer(again), answer(model))
 
