@@ -76,7 +76,7 @@ def convert(lora: SavedLora, target: Target | None = None, base: Checkpoint | No
 
 
 def write_converted(adapter: SavedAdapter, out: str | Path, overwrite: bool = False) -> None:
-    """Write what `convert` returned to the folder `out`, with the tokenizer and the card's metadata of its source.
+    """Write what `convert` returned to the folder `out`, with the tokenizer of its source, if it has one, and a card.
 
     Raises:
         FileExistsError: the folder is there.
