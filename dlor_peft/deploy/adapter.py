@@ -68,7 +68,7 @@ def read_adapter(source: str | Path, revision: str | None = None, subfolder: str
     """
     folder = fetch_folder(source, (*SMALL_FILES, WEIGHTS), revision, subfolder)
     config = _read_config(folder.path)
-    tensors = _read_tensors(folder.path / WEIGHTS)
+    tensors = read_tensors(folder.path / WEIGHTS)
     layers, others = _sorted_out(tensors, folder.path / WEIGHTS)
     for module, factors in layers.items():
         _check_layer(module, factors, config, folder.path)
@@ -77,18 +77,7 @@ def read_adapter(source: str | Path, revision: str | None = None, subfolder: str
 
 
 def _read_config(folder: Path) -> DLoRConfig:
-    path = folder / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} is not a saved adapter: it has no {CONFIG}. Give the folder that save_pretrained wrote."
-        )
-    try:
-        fields: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: not valid JSON ({error}). Save the adapter again.") from error
-    if not isinstance(fields, dict) or fields.get("peft_type") != "DLOR":
-        kind = fields.get("peft_type") if isinstance(fields, dict) else None
-        raise ValueError(f"{folder} is not a DLoR adapter: its peft_type is {kind!r}, not 'DLOR'.")
+    fields, path = read_fields(folder, "DLOR", "DLoR"), folder / CONFIG
     if missing := [name for name in _REQUIRED if name not in fields]:
         raise ValueError(f"{path} is damaged: it has no {', '.join(missing)}. Save the adapter again.")
     mapping = fields.get("auto_mapping") or {}
@@ -98,8 +87,7 @@ def _read_config(folder: Path) -> DLoRConfig:
     try:
         config = PeftConfig.from_peft_type(**fields)
     except Exception as error:
-        # whatever a field of the wrong kind leads to, in PEFT too
-        raise ValueError(f"{path} is not what save_pretrained writes: {error}. Save the adapter again.") from error
+        raise damaged_config(folder, error) from error
     assert isinstance(config, DLoRConfig)
     sizes = (config.r, config.depth, *config.rank_pattern.values(), *config.depth_pattern.values())
     if max(sizes) > _MAX_SIZE:
@@ -107,7 +95,30 @@ def _read_config(folder: Path) -> DLoRConfig:
     return config
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_fields(folder: Path, peft_type: str, method: str) -> dict[str, Any]:
+    """What adapter_config.json of an adapter of that type says; errors as `read_adapter`."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} is not a saved adapter: it has no {CONFIG}. Give the folder that save_pretrained wrote."
+        )
+    try:
+        fields: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: not valid JSON ({error}). Save the adapter again.") from error
+    if not isinstance(fields, dict) or fields.get("peft_type") != peft_type:
+        kind = fields.get("peft_type") if isinstance(fields, dict) else None
+        raise ValueError(f"{folder} is not a {method} adapter: its peft_type is {kind!r}, not {peft_type!r}.")
+    return fields
+
+
+def damaged_config(folder: Path, error: Exception) -> ValueError:
+    """For whatever a field of the wrong kind leads to, in PEFT too."""
+    return ValueError(f"{folder / CONFIG} is not what save_pretrained writes: {error}. Save the adapter again.")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter by the names in its file; errors as `read_adapter`."""
     if not path.is_file():
         hint = " Pickled weights are never read." if path.with_name("adapter_model.bin").is_file() else ""
         raise FileNotFoundError(f"{path.parent} has no {WEIGHTS}.{hint} Save the adapter again with save_pretrained.")

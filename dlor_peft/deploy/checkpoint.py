@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,8 +46,13 @@ class Spec(NamedTuple):
 class Checkpoint:
     """The tensors of a saved model by their names in its files, in the order in which they lie there."""
 
-    def __init__(self, source: str | Path, revision: str | None = None) -> None:
+    def __init__(self, source: str | Path, revision: str | None = None, with_weights: bool = True) -> None:
         """Open a folder or repository.
+
+        Args:
+            source: the folder or repository.
+            revision: of a repository.
+            with_weights: find the weights now, and not when they are first asked for.
 
         Raises:
             OSError: a file is missing or cannot be read.
@@ -54,6 +60,16 @@ class Checkpoint:
         """
         self.folder: Folder = fetch_folder(source, SMALL_FILES, revision)
         self.config: dict[str, Any] = self._read_json("config.json")
+        self._open: Any = None
+        self._path: Path | None = None
+        self._mapped = 0
+        if with_weights:
+            _ = self.specs
+
+    @cached_property
+    def specs(self) -> dict[str, Spec]:
+        """Name -> where the tensor is, and what. Raises as the constructor does."""
+        source = self.folder.source
         quantization = self.config.get("quantization_config")
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         if method is not None:
@@ -64,10 +80,7 @@ class Checkpoint:
         names = self._weight_files()
         if self.folder.revision is not None:
             self.folder = fetch_folder(source, (*SMALL_FILES, *names), self.folder.revision)
-        self.specs = {key: spec for name in names for key, spec in self._read_specs(self.folder.path / name).items()}
-        self._open: Any = None
-        self._path: Path | None = None
-        self._mapped = 0
+        return {key: spec for name in names for key, spec in self._read_specs(self.folder.path / name).items()}
 
     def read(self, key: str) -> Tensor:
         """The tensor of that name; its memory is that of the file."""

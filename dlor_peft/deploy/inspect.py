@@ -22,8 +22,8 @@ from ..layers import DLoRLayer
 from ..maths import alignment_of_sums, condition_bound, effective_rank, is_invertible, singular_values
 from .adapter import PREFIX, SavedAdapter, layer_config
 from .checkpoint import Checkpoint
-from .conversion import units
 from .skeleton import Skeleton
+from .weights import BaseWeights
 
 
 @dataclass(frozen=True)
@@ -260,9 +260,7 @@ class _Weights:
     """The weights of a base, one in memory at a time."""
 
     def __init__(self, base: Checkpoint, skeleton: Skeleton) -> None:
-        self._base, self._skeleton = base, skeleton
-        found, _ = units(base.specs, lambda key: base.specs[key].empty(), skeleton.model)
-        self._unit_of = {target: unit for unit in found for target in unit.targets}
+        self._base, self._source, self._skeleton = BaseWeights(base, skeleton), base.folder.source, skeleton
         self._names = {
             id(layer): [name for name, change in skeleton.changes.items() if change.layer is layer]
             for layer in _adapted_layers(skeleton).values()
@@ -281,20 +279,9 @@ class _Weights:
 
     def _read(self, name: str) -> Tensor:
         change = self._skeleton.changes[name]
-        if change.replacement is not None:
-            return change.replacement
-        tied = next((names for names in self._skeleton.ties if name in names), [name])
-        unit = next((self._unit_of[other] for other in (name, *tied) if other in self._unit_of), None)
-        source, needed = self._base.folder.source, tuple(self._skeleton.parameters[name].shape)
-        if unit is None:
-            raise ValueError(f"{source} does not match: it has no {name} {needed}, which the adapter adapts.")
-        tensors = unit.to_model(self._base.read, self._skeleton.model)
-        W = next(tensors[other] for other in (name, *tied) if other in tensors)
-        if tuple(W.shape) != needed or not W.is_floating_point():
-            raise ValueError(
-                f"{source} does not match its own configuration: {name} is {tuple(W.shape)} of {W.dtype}, and "
-                f"{type(self._skeleton.model).__name__} needs {needed} in floating point."
-            )
+        W = self._base.stored(name) if change.replacement is None else change.replacement
+        if not W.is_floating_point():
+            raise ValueError(f"{self._source}: {name} is stored as {W.dtype}, which cannot be adapted.")
         return W
 
 

@@ -5,7 +5,6 @@ Every weight goes through `blocks.write_adapted`, as in `merge_and_unload`: the 
 
 from __future__ import annotations
 
-import fnmatch
 import importlib.metadata
 import shutil
 import warnings
@@ -30,7 +29,7 @@ from .checkpoint import Checkpoint
 from .conversion import Unit, units
 from .rounding import ROUNDINGS, Survival, round_stochastically
 from .skeleton import Change, Skeleton
-from .writing import Shards, new_folder, write_json
+from .writing import Shards, copy_tokenizer, matches, new_folder, write_json
 
 RECORD = "dlor_merge.json"
 MIN_SURVIVED = 0.9
@@ -41,10 +40,6 @@ _FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 _NOT_COPIED = (
     "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.h5",
     "*.msgpack", "*.onnx", "*.gguf", "*.ot", "config.json", "README.md", "adapter_config.json", ".*", RECORD,
-)  # fmt: skip
-_TOKENIZER = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
-    "*.model", "*.tiktoken",
 )  # fmt: skip
 
 
@@ -343,14 +338,10 @@ class Merge:
     def _write_rest(self, folder: Path) -> None:
         """Configuration, generation config, tokenizer, chat template, card."""
         for path in self.base.folder.path.iterdir():
-            if path.is_file() and not _matches(path.name, _NOT_COPIED):
+            if path.is_file() and not matches(path.name, _NOT_COPIED):
                 shutil.copyfile(path, folder / path.name)
         for adapter in self.adapters:
-            if (adapter.folder / "tokenizer_config.json").is_file():
-                # with the tokens and the chat template that it was trained with
-                for path in adapter.folder.iterdir():
-                    if path.is_file() and _matches(path.name, _TOKENIZER):
-                        shutil.copyfile(path, folder / path.name)
+            copy_tokenizer(adapter.folder, folder)
         write_json(folder / "config.json", self._config())
         self._write_card(folder)
 
@@ -407,7 +398,3 @@ def _threads() -> Iterator[Callable]:
             yield pool.map
     finally:
         torch.set_num_threads(num_threads)
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)

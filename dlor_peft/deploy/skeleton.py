@@ -190,6 +190,7 @@ def _name_of(key: str) -> str:
 
 
 def bare_model(base: Checkpoint, adapters: Sequence[SavedAdapter]) -> PreTrainedModel:
+    """The model that the adapters were trained on, on the meta device."""
     config = _config(base)
     task, cls = _model_class(config, adapters, base.folder.source)
     labels = {count for adapter in adapters if (count := _num_labels(adapter))}

@@ -5,11 +5,12 @@ safetensors itself writes a file from tensors that are all in memory.
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from io import FileIO
 from pathlib import Path
@@ -20,6 +21,11 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
 from .checkpoint import DTYPES, INDEX
+
+_TOKENIZER = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
+    "*.model", "*.tiktoken",
+)  # fmt: skip
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -69,6 +75,18 @@ def _remove(path: Path) -> None:
 
 def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """That of an adapter, if it has one, with the tokens and the chat template that it was trained with."""
+    if (source / "tokenizer_config.json").is_file():
+        for path in source.iterdir():
+            if path.is_file() and matches(path.name, _TOKENIZER):
+                shutil.copyfile(path, folder / path.name)
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 class Shards:

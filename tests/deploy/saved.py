@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import build, config_of
 from torch import Tensor, nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from dlor_peft import DLoRConfig
 from dlor_peft.deploy.adapter import read_adapter
@@ -52,3 +53,34 @@ def assert_equal_folders(got: Path, want: Path) -> None:
     for key, tensor in mine.items():
         assert (tensor.dtype, tensor.shape) == (theirs[key].dtype, theirs[key].shape), key
         assert torch.equal(tensor, theirs[key]), key
+
+
+def write_lora(kind: str, config: LoraConfig, folder: Path, seed: int = 4, std: float = 0.3) -> None:
+    """A random LoRA or DoRA of PEFT in `folder/lora`, for a tiny model that is saved in `folder/base`."""
+    write_lora_of(build(kind), config, folder, seed, std)
+
+
+def write_lora_of(base: nn.Module, config: LoraConfig, folder: Path, seed: int = 4, std: float = 0.3) -> PeftModel:
+    base.save_pretrained(folder / "base")  # pyright: ignore[reportCallIssue]
+    model = get_peft_model(base, config)  # pyright: ignore[reportArgumentType]
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
+            elif parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=std)
+    model.save_pretrained(str(folder / "lora"))
+    return model.eval()
+
+
+def llava() -> LlavaForConditionalGeneration:
+    """A tiny model whose tensors have other names in its files than in memory."""
+    torch.manual_seed(0)
+    text = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )  # fmt: skip
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text)).eval()
