@@ -80,7 +80,9 @@ def merged_by_hand(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
     for name, stored in factors.items():
         W = tensors[name].double()
         mode, side = (
-            next((value for key, value in config.get(f"{field}_pattern", {}).items() if key in name), config[field])
+            next(
+                (value for key, value in (config.get(f"{field}_pattern") or {}).items() if key in name), config[field]
+            )
             for field in ("mode", "side")
         )
         tensors[name] = adapted_by_hand(W, stored, mode, side).to(tensors[name].dtype)
