@@ -29,7 +29,7 @@ What the columns say of a layer, with the factors of a stack multiplied out to d
   eff.rank     of U V^T: exp of the entropy of its singular values over their sum (Roy & Vetterli, 2007)
   cond         cond(W') <= cond * cond(W); inf: no such bound follows
   inv          whether the map that multiplies W can be inverted
-  exact        what the layer can be exported to without any error
+  exact        what the layer can be exported to without any error, by dlor export
 cond and inv are of a square map that multiplies W: P of mode "multiplicative", diag(alpha) of mode "scaled" at r = 0.
 The other forms add to W, have no such map, and show "-". With --base:
   update       ||W' - W|| / ||W||

@@ -20,6 +20,7 @@ from ..config import DLoRConfig
 from ..form import Form, Residual
 from ..layers import DLoRLayer
 from ..maths import alignment_of_sums, condition_bound, effective_rank, is_invertible, singular_values
+from . import low_rank
 from .adapter import PREFIX, SavedAdapter, layer_config
 from .checkpoint import Checkpoint
 from .skeleton import Skeleton
@@ -141,7 +142,13 @@ def inspect_adapter(adapter: SavedAdapter, base: Checkpoint | None = None) -> Re
             form = adapted[module].form[skeleton.names[0]]
             side = form.side
         try:
-            reports.append(replace(inspect_layer(module, tensors, form), side=side))
+            layer = inspect_layer(module, tensors, form)
+            if side == "auto":
+                # what holds on either side
+                other = inspect_layer(module, tensors, replace(form, side="output"))
+                exports = tuple(name for name in layer.exact_exports if name in other.exact_exports)
+                layer = replace(layer, exact_exports=exports)
+            reports.append(replace(layer, side=side))
         except OverflowError as error:
             raise ValueError(f"{adapter.source}: {module} is broken: {error}.") from None
     if base is not None and skeleton is not None:
@@ -210,7 +217,7 @@ def inspect_layer(module: str, tensors: Mapping[str, Tensor], form: Form) -> Lay
         multiplies=multiplies,
         condition_bound=max(bounds) if bounds and math.isfinite(max(bounds)) else None,
         invertible=all(_is_invertible(form, one) for one in each) if multiplies else None,
-        exact_exports=_exact_exports(form, residual, frobenius_norm),
+        exact_exports=_exact_exports(form, each, frobenius_norm),
     )
 
 
@@ -236,18 +243,16 @@ def _is_invertible(form: Form, residual: Residual) -> bool:
     return all(is_invertible(*one) for one in _maps(form, residual))
 
 
-def _exact_exports(form: Form, residual: Residual, norm: float) -> tuple[str, ...]:
-    """W + B A is a LoRA where no diagonal has moved; diag(d) W + U V^T a DoRA where d > 0."""
-    has_moved = any(part is not None and part.any() for part in (residual.q, residual.q_in))
-    exports = []
+def _exact_exports(form: Form, each: list[Residual], norm: float) -> tuple[str, ...]:
+    """What `low_rank.gain` says of all of them."""
+    gains = [low_rank.gain(form, residual) for residual in each]
     # the factors of an input-side map act on each tap of a convolution: of higher rank as one matrix
-    if not has_moved and (norm == 0 or not (form.mode == "multiplicative" and form.side == "input" and form.taps > 1)):
-        exports.append("LoRA")
-    is_zero = not has_moved and norm == 0
-    scales_rows = form.mode == "scaled" and form.side == "output"
-    if is_zero or (scales_rows and residual.q is not None and (1 + residual.q > 0).all()):
-        exports.append("DoRA")
-    return tuple(exports)
+    is_of_rank = norm == 0 or not (form.mode == "multiplicative" and form.side == "input" and form.taps > 1)
+    exact = {
+        "LoRA": is_of_rank and all(gain is not None and not gain.any() for gain in gains),
+        "DoRA": is_of_rank and all(gain is not None and (gain > -1).all() for gain in gains),
+    }
+    return tuple(name for name, holds in exact.items() if holds)
 
 
 def _adapted_layers(skeleton: Skeleton) -> dict[str, DLoRLayer]:

@@ -79,11 +79,9 @@ def merged_by_hand(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
             tensors[name] = tensor.to(tensors[name].dtype)
     for name, stored in factors.items():
         W = tensors[name].double()
+        patterns = {key: config.get(f"{key}_pattern") or {} for key in ("mode", "side")}
         mode, side = (
-            next(
-                (value for key, value in (config.get(f"{field}_pattern") or {}).items() if key in name), config[field]
-            )
-            for field in ("mode", "side")
+            next((value for part, value in patterns[key].items() if part in name), config[key]) for key in patterns
         )
         tensors[name] = adapted_by_hand(W, stored, mode, side).to(tensors[name].dtype)
     return tensors

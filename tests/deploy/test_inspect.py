@@ -144,11 +144,13 @@ def nothing(tensors):
     ("form", "change", "exports"),
     [
         ("additive", nothing, ()),
-        ("additive-none", nothing, ("LoRA",)),
-        ("scaled-none", nothing, ("LoRA",)),
-        ("multiplicative-none-2", nothing, ("LoRA",)),
+        ("additive-none", nothing, ("LoRA", "DoRA")),
+        ("scaled-none", nothing, ("LoRA", "DoRA")),
+        ("multiplicative-none-2", nothing, ("LoRA", "DoRA")),
         ("multiplicative", nothing, ()),
-        ("multiplicative", zero_the_diagonals, ("LoRA",)),
+        ("multiplicative", zero_the_diagonals, ("LoRA", "DoRA")),
+        ("multiplicative-output-3", nothing, ("DoRA",)),
+        ("multiplicative-input-3", nothing, ()),
         ("scaled-output", nothing, ("DoRA",)),
         ("scaled-output", zero_the_diagonals, ("LoRA", "DoRA")),
         ("scaled-output", one_row_to_zero, ()),
@@ -336,7 +338,7 @@ def test_the_table_of_a_real_model_fits(tmp_path, capsys):
     # layer 2 before layer 10
     assert table[8][0] == "layers.2.mlp.down_proj"
     assert table[8][1:5] == ["multiplicative", "input", "2", "16"]
-    assert table[8][-1] == "LoRA"
+    assert table[8][-2:] == ["LoRA", "DoRA"]
 
 
 def test_files_are_written_where_they_are_asked_for(tmp_path, monkeypatch, capsys):
