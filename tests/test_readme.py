@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from tiny_models import build
@@ -27,7 +28,7 @@ def commands(first: str) -> list[list[str]]:
 # PEFT asks the hub for a tokenizer that a local adapter folder does not have
 @pytest.mark.filterwarnings("ignore:Unable to fetch remote file:UserWarning")
 def test_the_python_code_runs_from_training_to_merging(tmp_path, monkeypatch):
-    make, load, _ = blocks("python")
+    make, load, _, load_merged = blocks("python")
     base = build("llama")
     base.save_pretrained(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
@@ -39,13 +40,19 @@ def test_the_python_code_runs_from_training_to_merging(tmp_path, monkeypatch):
     ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
         assert torch.equal(names["model"](input_ids=ids).logits, base(input_ids=ids).logits)
+        assert main(["merge", "--adapter", "my-adapter", "--out", "merged"]) == 0
+        exec(load_merged, names)
+        assert torch.equal(names["model"].eval()(input_ids=ids).logits, base(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("words", commands("dlor"), ids=" ".join)
 def test_the_dlor_commands_parse(words, tmp_path, monkeypatch, capsys):
-    if words[1] == "inspect":
-        assert main(["inspect", str(tmp_path)]) == 2
-        assert "not a saved adapter" in capsys.readouterr().err
+    if words[1] != "train":
+        # with no such adapter or model, in the folder that the test is in
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        assert main(words[1:]) == 2
+        assert "there is no folder" in (error := capsys.readouterr().err) or "Hub" in error
         return
     monkeypatch.chdir(ROOT)
     (tmp_path / "my.yaml").write_text((ROOT / "recipes" / "smol-lm-sft.yaml").read_text().replace("./", "/"))

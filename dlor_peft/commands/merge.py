@@ -50,7 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ..deploy.adapter import read_adapter
     from ..deploy.checkpoint import Checkpoint
-    from ..deploy.merge import RECORD, Merge, MergeOptions
+    from ..deploy.merge import Merge, MergeOptions
+    from ..deploy.surroundings import RECORD
 
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     options = MergeOptions(

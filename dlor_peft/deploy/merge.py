@@ -6,7 +6,6 @@ Every weight goes through `blocks.write_adapted`, as in `merge_and_unload`: the 
 from __future__ import annotations
 
 import importlib.metadata
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -29,18 +27,13 @@ from .checkpoint import Checkpoint
 from .conversion import Unit, units
 from .rounding import ROUNDINGS, Survival, round_stochastically
 from .skeleton import Change, Skeleton
-from .writing import Shards, copy_tokenizer, matches, new_folder, write_json
+from .surroundings import RECORD, write_surroundings
+from .writing import Shards, new_folder, write_json
 
-RECORD = "dlor_merge.json"
 MIN_SURVIVED = 0.9
 """Below this share of an update that is left after rounding, a merge warns."""
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16)
-# of the base's folder: weights, and what is written anew
-_NOT_COPIED = (
-    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.h5",
-    "*.msgpack", "*.onnx", "*.gguf", "*.ot", "config.json", "README.md", "adapter_config.json", ".*", RECORD,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -142,7 +135,9 @@ class Merge:
                     progress.update(tensor.numel() * tensor.dtype.itemsize)
                 written.result()
             self.base.close()
-            self._write_rest(folder)
+            write_surroundings(
+                folder, self.base, self.adapters, self.skeleton.model, self.options.dtype, is_untied=bool(self.untied)
+            )
             record = self.record()
             write_json(folder / RECORD, record)
         self._warn_of_losses()
@@ -334,47 +329,6 @@ class Merge:
         for indices, rows in change.tokens:
             W = W.index_copy(0, torch.tensor(indices), rows.to(W.dtype))
         return W.to(dtype)
-
-    def _write_rest(self, folder: Path) -> None:
-        """Configuration, generation config, tokenizer, chat template, card."""
-        for path in self.base.folder.path.iterdir():
-            if path.is_file() and not matches(path.name, _NOT_COPIED):
-                shutil.copyfile(path, folder / path.name)
-        for adapter in self.adapters:
-            copy_tokenizer(adapter.folder, folder)
-        write_json(folder / "config.json", self._config())
-        self._write_card(folder)
-
-    def _config(self) -> dict[str, Any]:
-        model, config = self.skeleton.model, dict(self.base.config)
-        config["architectures"] = [self.class_name]
-        if self.options.dtype is not None:
-            config.pop("torch_dtype", None)
-            config["dtype"] = str(self.options.dtype).removeprefix("torch.")
-        now = model.config.to_dict()
-        sections = [(config, now)]
-        sections += [
-            (config[key], now[key]) for key in now if isinstance(now[key], dict) and isinstance(config.get(key), dict)
-        ]
-        for section, current in sections:
-            if self.untied and section.get("tie_word_embeddings", section is config):
-                section["tie_word_embeddings"] = False
-            if "vocab_size" in section and "vocab_size" in current:
-                section["vocab_size"] = current["vocab_size"]
-        if "id2label" in now and len(config.get("id2label") or ("", "")) != model.config.num_labels:
-            config["id2label"], config["label2id"] = now["id2label"], now["label2id"]
-        return config
-
-    def _write_card(self, folder: Path) -> None:
-        adapters = [str(adapter.source) for adapter in self.adapters]
-        data = ModelCardData(library_name="transformers", tags=["dlor", "merged"])
-        listed = "\n".join(f"{at}. {source}" for at, source in enumerate(adapters, 1))
-        text = (
-            f"# Merged model\n\nThe weights of {self.base.folder.source} with these DLoR adapters merged into them, "
-            f"in this order:\n\n{listed}\n\nIt loads with transformers alone. `{RECORD}` says what was merged, and "
-            "how much of each update is left after rounding.\n"
-        )
-        ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
 
     def _warn_of_losses(self) -> None:
         lost = {name: found.survived for name, found in self.survival.items() if found.survived < MIN_SURVIVED}

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from dlor_peft import DLoRConfig
-from dlor_peft.deploy.merge import RECORD
+from dlor_peft.deploy.surroundings import RECORD
 from dlor_peft.deploy.writing import Shards
 
 pytestmark = [
