@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -110,14 +111,18 @@ def peak() -> int:
 
 def measure(path: str, folder: Path, out: Path) -> dict[str, float]:
     """In a process of its own."""
-    import peft
-    import safetensors
-    import transformers
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
 
-    for module in (peft, safetensors, transformers):
-        assert module
+    import dlor_peft
+
     run: Callable[[Path, Path], None] = dict(zip(PATHS, (copy, merge_on_disk, merge_in_memory), strict=True))[path]
-    transformers.AutoModelForCausalLM.from_config(llama(0))
+    # whatever is imported at the first use, without the memory
+    import_module("dlor_peft.deploy.merge")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(llama(0))
+    get_peft_model(model, dlor_peft.DLoRConfig(target_modules="all-linear"), low_cpu_mem_usage=True)
     before, started = peak(), time.perf_counter()
     run(folder, out)
     return {"seconds": time.perf_counter() - started, "peak_bytes": peak() - before}

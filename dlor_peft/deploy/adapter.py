@@ -72,7 +72,8 @@ def read_adapter(source: str | Path, revision: str | None = None, subfolder: str
     layers, others = _sorted_out(tensors, folder.path / WEIGHTS)
     for module, factors in layers.items():
         _check_layer(module, factors, config, folder.path)
-    sha256 = hashlib.sha256((folder.path / WEIGHTS).read_bytes()).hexdigest()
+    with (folder.path / WEIGHTS).open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return SavedAdapter(folder.source, folder.path, folder.revision, sha256, config, layers, others)
 
 

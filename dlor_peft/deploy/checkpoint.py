@@ -25,7 +25,7 @@ DTYPES = {
 """What safetensors calls them."""
 
 # how much of a mapped file may be in memory before it is mapped anew
-_MAPPED = 2**28
+_MAPPED = 2**26
 
 
 class Spec(NamedTuple):
