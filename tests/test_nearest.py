@@ -38,14 +38,14 @@ def given_to(form: Form, fit: Nearest, W: Tensor) -> Tensor:
     stored = {"dlor_diag": fit.q, "dlor_diag_in": fit.q_in, "dlor_U": fit.U, "dlor_V": fit.V}
     shapes = {name: (1, *t.shape) for name, t in stored.items() if t is not None and 0 not in t.shape}
     assert shapes == form.shapes
-    return form.delta_weight(Residual(*fit[:4]), W, 1.0)
+    return form.delta_weight(Residual(*fit[:4]), W)
 
 
 def planted(seed: int, form: Form, W: Tensor, size: float = 0.3) -> Tensor:
     """An update that the form can express."""
     shapes = [*form.shapes.values()]
     tensors = dict(zip(form.shapes, random(seed, *shapes, dtype=W.dtype), strict=True))
-    return form.delta_weight(form.residual({name: size * tensor for name, tensor in tensors.items()}), W, 1.0)
+    return form.delta_weight(form.residual({name: size * tensor for name, tensor in tensors.items()}), W)
 
 
 @settings(deadline=None, max_examples=60)
@@ -136,7 +136,7 @@ def test_the_limit_is_a_stationary_point(mode, side, diagonal):
     slots = iter(leaves)
     residual = Residual(*(None if t is None else next(slots) for t in fit[:4]))
     form = form_of(mode, side, diagonal, 2, 9, 7)
-    loss = (form.delta_weight(residual, W, 1.0) - delta).square().sum()
+    loss = (form.delta_weight(residual, W) - delta).square().sum()
     # the descent may be slow, with norms that grow
     assert all(grad.norm() < 1e-2 * delta.norm() for grad in torch.autograd.grad(loss, leaves))
 
