@@ -152,11 +152,12 @@ class Skeleton:
             elif isinstance(module, TrainableTokensWrapper):
                 name = f"{self._names[module.original_module]}.weight"
                 layer: Any = module.token_adapter
-                if adapter in layer.trainable_tokens_delta:
+                # a tied layer has the rows of another
+                if layer.tied_adapter:
+                    tied_tokens.append((name, layer.tied_adapter))
+                elif adapter in layer.trainable_tokens_delta:
                     rows = stored.pop(f"{key}.token_adapter.trainable_tokens_delta")
                     self._add_tokens(name, layer.token_indices[adapter], rows)
-                elif layer.tied_adapter:
-                    tied_tokens.append((name, layer.tied_adapter))
         for name, source in tied_tokens:
             tokens = self.changes[f"{self._names[source.base_layer]}.weight"].tokens
             self.changes[name].tokens = list(tokens)

@@ -127,6 +127,16 @@ def test_trained_tokens(tmp_path):
     assert_equal_folders(tmp_path / "out", tmp_path / "want")
 
 
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_trained_tokens_of_tied_embeddings(tmp_path, kind):
+    tokens = {"embed_tokens" if kind == "llama" else "shared": [3, 7]}
+    changes = {"trainable_token_indices": tokens}
+    model = adapt(build(kind, tie_word_embeddings=True), config_of(kind, "scaled", **changes), tmp_path)
+    merge(tmp_path)
+    model.merge_and_unload().save_pretrained(tmp_path / "want")
+    assert_equal_folders(tmp_path / "out", tmp_path / "want")
+
+
 def test_trained_biases(tmp_path):
     model = adapt_tiny("llama", "scaled", tmp_path, bias="dlor_only")
     with torch.no_grad():
