@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -200,7 +201,10 @@ def bare_model(base: Checkpoint, adapters: Sequence[SavedAdapter]) -> PreTrained
             raise ValueError(f"the adapters have classification heads for {sorted(labels)} labels: they do not mix.")
         config.num_labels = labels.pop()
     model = _on_meta(cls, config)
-    embedding: Any = model.get_input_embeddings()
+    embedding: Any = None
+    # a model of images or sound may have none, and says it that way
+    with suppress(NotImplementedError):
+        embedding = model.get_input_embeddings()
     key = next((f"{name}.weight" for name, module in model.named_modules() if module is embedding), None)
     for adapter in adapters:
         for name in (key, key and key.replace(".weight", ".base_layer.weight")):

@@ -18,6 +18,8 @@ from transformers import (
     BertModel,
     MixtralConfig,
     MixtralForCausalLM,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
 )
 
 from dlor_peft import DLoRConfig
@@ -132,6 +134,16 @@ def test_trained_tokens_of_tied_embeddings(tmp_path, kind):
     tokens = {"embed_tokens" if kind == "llama" else "shared": [3, 7]}
     changes = {"trainable_token_indices": tokens}
     model = adapt(build(kind, tie_word_embeddings=True), config_of(kind, "scaled", **changes), tmp_path)
+    merge(tmp_path)
+    model.merge_and_unload().save_pretrained(tmp_path / "want")
+    assert_equal_folders(tmp_path / "out", tmp_path / "want")
+
+
+def test_a_model_without_input_embeddings(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    conv = {"conv_dim": (8,), "conv_stride": (2,), "conv_kernel": (3,), "num_conv_pos_embeddings": 4}
+    base = Wav2Vec2ForCTC(Wav2Vec2Config(vocab_size=9, **sizes, **conv, num_conv_pos_embedding_groups=2)).eval()
+    model = adapt(base, DLoRConfig(r=3, target_modules=["q_proj"], init_weights=False), tmp_path)
     merge(tmp_path)
     model.merge_and_unload().save_pretrained(tmp_path / "want")
     assert_equal_folders(tmp_path / "out", tmp_path / "want")
