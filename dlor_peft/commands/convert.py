@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     lora = read_lora(arguments.adapter, arguments.revision, arguments.subfolder)
     base = arguments.base and Checkpoint(arguments.base, arguments.base_revision, with_weights=False)
     adapter = convert(lora, Target(arguments.mode, arguments.side, arguments.diagonal), base)
-    write_converted(adapter, arguments.out, arguments.overwrite)
+    write_converted(adapter, arguments.out, arguments.overwrite, base)
     config, kind = adapter.config, "DoRA" if lora.config.use_dora else "LoRA"
     what = f"mode {config.mode}, side {config.side}, diagonal {config.diagonal}"
     print(

@@ -75,14 +75,19 @@ def convert(lora: SavedLora, target: Target | None = None, base: Checkpoint | No
     return adapter
 
 
-def write_converted(adapter: SavedAdapter, out: str | Path, overwrite: bool = False) -> None:
+def write_converted(
+    adapter: SavedAdapter, out: str | Path, overwrite: bool = False, base: Checkpoint | None = None
+) -> None:
     """Write what `convert` returned to the folder `out`, with the tokenizer of its source, if it has one, and a card.
+
+    The folder of `base` is not overwritten.
 
     Raises:
         FileExistsError: the folder is there.
         OSError: it cannot be written; nothing is left of it.
     """
-    with new_folder(out, overwrite) as folder:
+    inputs = [adapter.folder, *([base.folder.path] if base is not None else [])]
+    with new_folder(out, overwrite, inputs) as folder:
         save_file(
             {key: tensor.contiguous() for key, tensor in adapter.state_dict.items()},
             folder / WEIGHTS,
@@ -93,9 +98,9 @@ def write_converted(adapter: SavedAdapter, out: str | Path, overwrite: bool = Fa
         adapter.config.save_pretrained(str(folder))
         card = ModelCard.load(folder / "README.md")
         data = cast(ModelCardData, card.data)
-        base = adapter.config.base_model_name_or_path
-        if base and not Path(base).is_dir():
-            data.base_model = base
+        name = adapter.config.base_model_name_or_path
+        if name and not Path(name).is_dir():
+            data.base_model = name
         title = f"# DLoR adapter\n\nConverted from the LoRA adapter {adapter.source}, with the same outputs."
         card.text = f"{title}\n{card.text}"
         card.save(folder / "README.md")

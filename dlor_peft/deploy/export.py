@@ -65,6 +65,11 @@ class Source:
         ]
 
     @property
+    def inputs(self) -> list[Path]:
+        """The folders that are read."""
+        return [self.base.folder.path, self.adapter.folder]
+
+    @property
     def remedy(self) -> str:
         return f"To keep all of it, merge it: dlor merge --adapter {self.adapter.source} --out DIR"
 

@@ -41,7 +41,7 @@ class DoraExport:
         """Write the adapter to the folder `out`; errors as `LoraExport.write`, or a row of W' is zero."""
         config = self.source.config(self.rank, use_dora=True)
         names, _ = self.source.names(config)
-        with new_folder(out, overwrite) as folder:
+        with new_folder(out, overwrite, self.source.inputs) as folder:
             tensors = dict(self._tensors(names))
             text = f"It has rank {self.rank} and is the same update. vLLM, SGLang and llama.cpp read no DoRA."
             write_adapter(folder, self.source, config, tensors, text)

@@ -107,7 +107,7 @@ class LoraExport:
         """
         config = self.source.config(self.rank)
         names, self.foreign = self.source.names(config)
-        with new_folder(out, overwrite) as folder:
+        with new_folder(out, overwrite, self.source.inputs) as folder:
             tensors = self._tensors_of_first_that_fits(names)
             if self.rank != config.r:
                 config.r = config.lora_alpha = self.rank

@@ -96,7 +96,7 @@ class Extraction:
             OSError: it cannot be written; nothing is left of it.
             ValueError: no linear layer changed, or a weight is not finite.
         """
-        with new_folder(out, overwrite) as folder:
+        with new_folder(out, overwrite, [self.base.folder.path, self.tuned.folder.path]) as folder:
             report, saved = self._run()
             tensors = {
                 f"{PREFIX}{name}.{part}.weight": tensor

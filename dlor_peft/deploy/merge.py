@@ -119,7 +119,8 @@ class Merge:
         """
         self.survival.clear()
         tensors = {name: tensor for job in self.jobs for name, tensor in job.outputs.items()}
-        with new_folder(out, self.options.overwrite) as folder:
+        inputs = [self.base.folder.path, *(adapter.folder for adapter in self.adapters)]
+        with new_folder(out, self.options.overwrite, inputs) as folder:
             total = sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
             with (
                 _threads() as self._each,

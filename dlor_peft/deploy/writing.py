@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from io import FileIO
 from pathlib import Path
@@ -22,48 +22,100 @@ from torch import Tensor
 
 from .checkpoint import DTYPES, INDEX
 
+try:
+    import fcntl
+except ImportError:
+    # Windows
+    fcntl = None
+
 _TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
     "*.model", "*.tiktoken",
 )  # fmt: skip
 
+# what a folder has that may be replaced
+_OURS = ("config.json", "adapter_config.json")
+
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @contextmanager
-def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(path: str | Path, overwrite: bool = False, inputs: Iterable[Path] = ()) -> Iterator[Path]:
     """A folder to write to, which becomes `path` when the block ends without an error, and disappears otherwise.
 
     Where the process is killed, `.NAME.partial` is left beside `path`; the next run removes it.
 
+    Args:
+        path: of the folder.
+        overwrite: replace a saved model or adapter that is there; nothing else is replaced.
+        inputs: folders that are read, which are not replaced either.
+
     Raises:
-        FileExistsError: `path` is there and not an empty folder, and is not to be overwritten.
-        OSError: nothing can be written there.
+        FileExistsError: `path` is there and not an empty folder, and is not to be overwritten, or may not be.
+        OSError: nothing can be written there, or another process writes there.
     """
-    path = Path(path).expanduser().absolute()
-    is_there = path.exists() and not (path.is_dir() and not any(path.iterdir()))
-    if is_there and not overwrite:
-        raise FileExistsError(f"{path} is there already. Name another folder, or pass --overwrite to replace it.")
+    # without "..", whose parent is no place for it
+    path = Path(os.path.abspath(Path(path).expanduser()))
+    _check_free(path, overwrite, inputs)
     partial, former = (path.with_name(f".{path.name}.{state}") for state in ("partial", "former"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(partial)
-        partial.mkdir()
-    except OSError as error:
-        raise OSError(f"cannot write to {path.parent}: {error.strerror or error}. Name another folder.") from error
-    try:
-        yield partial
-        if path.exists():
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_claimed(partial))
+        except OSError as error:
+            raise OSError(f"cannot write to {path.parent}: {error.strerror or error}. Name another folder.") from error
+        try:
+            yield partial
+            if path.exists():
+                _remove(former)
+                path.rename(former)
+            partial.rename(path)
             _remove(former)
-            path.rename(former)
-        partial.rename(path)
-        _remove(former)
-    except OSError as error:
-        _remove(partial)
-        raise OSError(f"{path} was not written: {error.strerror or error}. Nothing is left of it.") from error
-    except BaseException:
-        _remove(partial)
-        raise
+        except OSError as error:
+            _remove(partial)
+            raise OSError(f"{path} was not written: {error.strerror or error}. Nothing is left of it.") from error
+        except BaseException:
+            _remove(partial)
+            raise
+
+
+def _check_free(path: Path, overwrite: bool, inputs: Iterable[Path]) -> None:
+    """FileExistsError unless something may be put in place of what is there."""
+    if path == Path.cwd() or path.is_mount():
+        raise FileExistsError(f"{path} is the current folder or a mount point, and stays. Name a folder in it.")
+    if not (path.exists() or path.is_symlink()) or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{path} is there already. Name another folder, or pass --overwrite to replace it.")
+    kept = [folder for folder in (Path.cwd(), *inputs) if folder.resolve().is_relative_to(path.resolve())]
+    if kept:
+        raise FileExistsError(f"{path} is not overwritten: {kept[0]} is read, or in use. Name another folder.")
+    if not any((path / name).is_file() for name in _OURS):
+        raise FileExistsError(
+            f"{path} is not overwritten: it is no saved model or adapter. Name another folder, or remove it."
+        )
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """The folder, empty, for this process alone: a lock goes with the process, the folder may stay behind."""
+    if fcntl is None:
+        _remove(folder)
+        folder.mkdir()
+        yield
+        return
+    folder.mkdir(exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OSError(f"another process is writing {folder}") from error
+        for path in folder.iterdir():
+            _remove(path)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _remove(path: Path) -> None:

@@ -339,9 +339,45 @@ def test_what_is_there_is_kept_unless_it_is_to_be_overwritten(tmp_path):
     with pytest.raises(FileExistsError, match="--overwrite"):
         merge(tmp_path)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+    with pytest.raises(FileExistsError, match="no saved model or adapter"):
+        merge(tmp_path, overwrite=True)
+    (tmp_path / "out" / "config.json").write_text("{}")
     merge(tmp_path, overwrite=True)
     assert not (tmp_path / "out" / "mine").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "out"}
+
+
+@pytest.mark.parametrize("out", ["base", "adapter/", ".", "link", "base/..", "adapter/config.json", "here"])
+def test_nothing_that_is_read_or_in_use_is_overwritten(tmp_path, monkeypatch, out):
+    adapt_tiny("llama", "scaled", tmp_path)
+    (tmp_path / "link").symlink_to("base")
+    (tmp_path / "adapter" / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here" if out == "here" else tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(FileExistsError, match="Name a"):
+        merge(tmp_path, out=out, overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_two_merges_into_one_folder(tmp_path, monkeypatch):
+    adapt_tiny("llama", "scaled", tmp_path)
+    write, refusals = Shards.write, []
+
+    def with_another(self, *args):
+        if not refusals:
+            with pytest.raises(OSError, match="another process is writing") as refused:
+                merge(tmp_path)
+            refusals.append(refused)
+        write(self, *args)
+
+    monkeypatch.setattr(Shards, "write", with_another)
+    merge(tmp_path)
+    monkeypatch.undo()
+    merge(tmp_path, out="undisturbed")
+    assert refusals
+    assert_equal_folders(tmp_path / "out", tmp_path / "undisturbed")
 
 
 def test_an_interrupted_merge_leaves_nothing_and_what_a_killed_one_left_is_removed(tmp_path, monkeypatch):
