@@ -25,7 +25,7 @@ from .checkpoint import Checkpoint
 from .conversion import Unit, units
 from .extract_report import Left, Report
 from .fitting import Fitted, Wanted, fit
-from .skeleton import bare_model
+from .skeleton import bare_model, tied_names
 from .writing import new_folder, write_json
 
 RECORD = "dlor_extract.json"
@@ -81,6 +81,7 @@ class Extraction:
         self._base_units = self._units(base)
         self._tuned_units = self._units(tuned)
         self._modules = dict(self.model.named_modules())
+        self._ties = tied_names(self.model)
         self._tied = self._names_of_tied_embeddings()
         self.saved_modules = self._resolve(modules_to_save)
         if not self._base_units.keys() & self._tuned_units.keys():
@@ -130,8 +131,9 @@ class Extraction:
         saved: dict[str, Tensor] = {}
         num_unchanged = 0
         for pair in self._pairs():
-            if any(pair.name.startswith(f"{module}.") for module in self.saved_modules):
-                saved[pair.name] = pair.tuned.clone().contiguous()
+            if self._is_saved(pair.name):
+                # PEFT has a copy for each module with tied weights
+                saved |= {name: pair.tuned.clone().contiguous() for name in self._names_of(pair.name)}
             elif not pair.is_changed:
                 num_unchanged += self._is_linear(pair.name)
             elif pair.base is not None and pair.base.shape == pair.tuned.shape and self._is_linear(pair.name):
@@ -170,6 +172,8 @@ class Extraction:
             target_modules=list(layers),
             exclude_modules=self._beyond(layers) or None,
             modules_to_save=self.saved_modules or None,
+            # or PEFT would leave what is tied to a module that is saved as it was
+            ensure_weight_tying=any(self._is_saved(name) for names in self._ties for name in names),
             base_model_name_or_path=self.base.folder.source,
             revision=self.base.folder.revision,
             task_type=task,
@@ -254,6 +258,13 @@ class Extraction:
         return {
             name for name, value, module in modules if value in embeddings and not isinstance(module, nn.Embedding)
         }
+
+    def _names_of(self, name: str) -> list[str]:
+        """All names in the model of the tensor that has this one."""
+        return next((names for names in self._ties if name in names), [name])
+
+    def _is_saved(self, name: str) -> bool:
+        return any(other.startswith(f"{module}.") for other in self._names_of(name) for module in self.saved_modules)
 
     def _resolve(self, asked: Sequence[str]) -> list[str]:
         """The modules that end with the names that are asked for."""

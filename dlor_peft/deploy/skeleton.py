@@ -68,10 +68,7 @@ class Skeleton:
         """ValueError where an adapter does not fit the model, or two of them do not go together."""
         self.model = bare_model(base, adapters)
         self.parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        shared = defaultdict(list)
-        for name, parameter in self.parameters.items():
-            shared[parameter].append(name)
-        self.ties = [names for names in shared.values() if len(names) > 1]
+        self.ties = tied_names(self.model)
         # PEFT changes the one that it wraps
         wrapped = copy.deepcopy(self.model)
         self._names = {module: name for name, module in wrapped.named_modules()}
@@ -184,6 +181,14 @@ class Skeleton:
         if {index for others, _ in tokens for index in others} & set(indices):
             raise ValueError(f"two of the adapters train the same token of {name}: only one of them can be merged.")
         tokens.append((indices, rows))
+
+
+def tied_names(model: PreTrainedModel) -> list[list[str]]:
+    """The names of each parameter that has several."""
+    names = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[parameter].append(name)
+    return [of_one for of_one in names.values() if len(of_one) > 1]
 
 
 def _name_of(key: str) -> str:

@@ -12,9 +12,11 @@ from torch import nn
 
 from dlor_peft import cli
 from dlor_peft.config import DLoRConfig
+from dlor_peft.deploy.adapter import read_adapter
 from dlor_peft.deploy.checkpoint import Checkpoint
 from dlor_peft.deploy.extract import RECORD, Extraction, as_pattern
 from dlor_peft.deploy.fitting import Wanted
+from dlor_peft.deploy.merge import Merge
 
 KINDS = ["llama", "gpt2", "bert", "t5"]
 NOT_ALL = "ignore:.*changed tensors are not in the adapter:UserWarning"
@@ -171,6 +173,20 @@ def test_tied_embeddings_are_not_extracted(tmp_path):
     report = extract(base, tuned, tmp_path / "out")
     assert [item.name for item in report.left] == ["transformer.wte.weight"]
     assert all("lm_head" not in name for name in report.layers)
+
+
+@pytest.mark.filterwarnings("ignore:.*tie:UserWarning", "ignore:Setting `save_embedding_layers`:UserWarning")
+@pytest.mark.parametrize("module", ["wte", "lm_head"])
+def test_tied_embeddings_that_are_saved_stay_tied(tmp_path, module):
+    base, tuned = planted("gpt2", tmp_path)
+    change(tuned, **{"transformer.wte.weight": lambda t: t * 1.1})
+    report = extract(base, tuned, tmp_path / "out", modules_to_save=[module])
+    assert not report.left
+    want = logits(type(build("gpt2")).from_pretrained(tuned), "gpt2")
+    loaded = PeftModel.from_pretrained(build("gpt2"), tmp_path / "out")
+    assert distance(logits(loaded, "gpt2"), want) < 1e-2
+    Merge(Checkpoint(base), [read_adapter(tmp_path / "out")]).write(tmp_path / "merged")
+    assert distance(logits(type(build("gpt2")).from_pretrained(tmp_path / "merged"), "gpt2"), want) < 1e-2
 
 
 @pytest.mark.filterwarnings(NOT_ALL)
