@@ -77,8 +77,10 @@ class Checkpoint:
                 f"{source} is quantised ({method}): what an adapter adds would be rounded to its few levels. Name the "
                 "unquantised original as the base."
             )
-        names = self._weight_files()
         if self.folder.revision is not None:
+            self.folder = fetch_folder(source, (*SMALL_FILES, SINGLE), self.folder.revision)
+        names = self._weight_files()
+        if self.folder.revision is not None and names != [SINGLE]:
             self.folder = fetch_folder(source, (*SMALL_FILES, *names), self.folder.revision)
         return {key: spec for name in names for key, spec in self._read_specs(self.folder.path / name).items()}
 
@@ -107,7 +109,8 @@ class Checkpoint:
 
     def _weight_files(self) -> list[str]:
         folder = self.folder.path
-        if (folder / INDEX).is_file():
+        # where there are both, transformers loads the single file
+        if not (folder / SINGLE).is_file() and (folder / INDEX).is_file():
             weight_map = self._read_json(INDEX).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
                 raise ValueError(f"{folder / INDEX} is damaged: it has no weight_map of names.")

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import save_file
 from saved import adapt, adapt_tiny, assert_equal_folders, merge, tensors
 from tiny_models import FEW_FORMS, FORMS, TARGETS, build, config_of, distance, inputs, logits
 from transformers import (
@@ -330,6 +331,19 @@ def test_a_quantised_base_is_refused(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(ValueError, match=r"is quantised \(gptq\).*unquantised original"):
         merge(tmp_path)
+
+
+def test_of_a_single_file_and_an_index_the_single_file_counts(tmp_path):
+    model = adapt_tiny("llama", "scaled", tmp_path)
+    base = tmp_path / "base"
+    stale = {name: tensor + 1 for name, tensor in tensors(base).items()}
+    save_file(stale, base / "stale.safetensors", {"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(stale, "stale.safetensors")}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(base).lm_head.weight, model.lm_head.weight)
+    merge(tmp_path)
+    model.merge_and_unload().save_pretrained(tmp_path / "want")
+    assert_equal_folders(tmp_path / "out", tmp_path / "want")
 
 
 def test_what_is_there_is_kept_unless_it_is_to_be_overwritten(tmp_path):
