@@ -132,6 +132,8 @@ class Skeleton:
     def _take(self, model: PeftModel, adapter: str, stored: dict[str, Tensor]) -> None:
         """Sort the stored tensors into `changes`. PEFT would put them where the weights are, on the meta device."""
         tied_tokens = []
+        # with bias "all", PEFT stores the biases of both once more
+        within = []
         for key, module in model.named_modules():
             if isinstance(module, DLoRLayer) and adapter in module.form:
                 for factor in module.form[adapter].shapes:
@@ -144,6 +146,7 @@ class Skeleton:
                 change.adapters.append(adapter)
             elif isinstance(module, ModulesToSaveWrapper):
                 name = self._names[module.original_module]
+                within += [f"{key}.original_module.", f"{key}.modules_to_save."]
                 for part in module.adapter_state_dict_load_map(adapter):
                     if (tensor := stored.pop(f"{key}.{part}", None)) is not None:
                         self._replace(f"{name}.{part}", tensor)
@@ -161,7 +164,8 @@ class Skeleton:
             self.changes[name].tokens = list(tokens)
         # trained biases, and embeddings that are saved besides
         for key, tensor in stored.items():
-            self._replace(_name_of(key), tensor)
+            if not key.startswith(tuple(within)):
+                self._replace(_name_of(key), tensor)
 
     def _replace(self, name: str, tensor: Tensor) -> None:
         before = self.changes[name].replacement

@@ -162,6 +162,13 @@ def test_trained_biases(tmp_path):
     assert_equal_folders(tmp_path / "out", tmp_path / "want")
 
 
+def test_all_biases_of_a_head_that_is_saved(tmp_path):
+    model = adapt_tiny("bert", "scaled", tmp_path, bias="all", modules_to_save=["classifier"])
+    merge(tmp_path)
+    model.merge_and_unload().save_pretrained(tmp_path / "want")
+    assert_equal_folders(tmp_path / "out", tmp_path / "want")
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings=True")
 def test_an_adapted_embedding(tmp_path, tied):
