@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from .commands import convert, export, extract, inspect, merge, train
 
@@ -15,6 +17,11 @@ TRACEBACK = "DLOR_TRACEBACK"
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code of one `dlor` command: 0, 2 for an error in what was given, 130 when interrupted."""
     arguments = _parse(sys.argv[1:] if argv is None else list(argv))
+    with _warnings_in_one_line():
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
         return arguments.verb(arguments)
     except KeyboardInterrupt:
@@ -29,6 +36,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"dlor: error: {_one_line(str(error))}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Without the source lines that they come from, and, unless -W is given, without those for programmers."""
+    former = warnings.formatwarning
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore", FutureWarning)
+        warnings.formatwarning = lambda message, *_, **__: f"dlor: warning: {_one_line(str(message))}\n"
+        try:
+            yield
+        finally:
+            warnings.formatwarning = former
 
 
 def _one_line(message: str) -> str:

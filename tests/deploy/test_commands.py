@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import HubServer
+from safetensors.torch import load_file, save_file
 from saved import adapt_tiny, assert_equal_folders
 from tiny_models import VOCABULARY
 from tokenizers import Tokenizer
@@ -42,6 +43,16 @@ def test_merge_and_verify(folder, capsys):
     assert_equal_folders(folder / "out", folder / "want")
     assert main([*arguments, "--out", str(folder / "out")]) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_a_warning_is_one_line(folder):
+    file = folder / "adapter" / "adapter_model.safetensors"
+    save_file({name: tensor * 1e-2 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    arguments = ["merge", "--base", str(folder / "base"), "--adapter", str(folder / "adapter")]
+    command = [sys.executable, "-m", "dlor_peft.cli", *arguments, "--out", str(folder / "out")]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stderr.splitlines()
+    assert sum(line.startswith("dlor: warning: ") and "rounding dropped" in line for line in lines) == 1
+    assert not any("FutureWarning" in line or "arguments.out" in line for line in lines)
 
 
 def test_the_base_that_the_adapter_names(folder, capsys):
