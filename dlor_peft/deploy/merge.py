@@ -6,6 +6,7 @@ Every weight goes through `blocks.write_adapted`, as in `merge_and_unload`: the 
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ from .writing import Shards, new_folder, write_json
 MIN_SURVIVED = 0.9
 """Below this share of an update that is left after rounding, a merge warns."""
 
+_SIZE = re.compile(r"0*[1-9]\d*(\s*[KMGT]B)?", re.IGNORECASE)
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -43,7 +45,7 @@ class MergeOptions:
     dtype       of all floating tensors; that of each tensor in the base where None
     rounding    "nearest", or "stochastic", which keeps on average what is smaller than half a step
     seed        of stochastic rounding
-    shard_size  of a file at most
+    shard_size  of a file at most: bytes, or such as "5GB"
     untie       store what an adapter makes different of weights that were one
     overwrite   replace a folder that is there
     """
@@ -51,13 +53,17 @@ class MergeOptions:
     dtype: torch.dtype | None = None
     rounding: str = "nearest"
     seed: int = 0
-    shard_size: str = "5GB"
+    shard_size: int | str = "5GB"
     untie: bool = False
     overwrite: bool = False
 
     def __post_init__(self) -> None:
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"{__name__}: rounding={self.rounding!r} is none of {', '.join(ROUNDINGS)}.")
+        if not _SIZE.fullmatch(str(self.shard_size)):
+            raise ValueError(
+                f"{__name__}: shard_size={self.shard_size!r} is no size of a file: give bytes, or such as 5GB."
+            )
         if self.dtype not in (None, *_FLOATING):
             raise ValueError(f"{__name__}: dtype={self.dtype} is none of {', '.join(map(str, _FLOATING))}.")
 
@@ -124,7 +130,7 @@ class Merge:
             total = sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
             with (
                 _threads() as self._each,
-                Shards(folder, tensors, self.options.shard_size) as shards,
+                Shards(folder, tensors, _in_bytes(self.options.shard_size)) as shards,
                 ThreadPoolExecutor(1) as writer,
                 tqdm(total=total, unit="B", unit_scale=True, desc="merging") as progress,
             ):
@@ -341,6 +347,11 @@ class Merge:
                 "float32 (--dtype float32), or with --rounding stochastic.",
                 stacklevel=3,
             )
+
+
+def _in_bytes(size: int | str) -> int | str:
+    """A number of bytes as one; what has a unit as it is."""
+    return int(size) if str(size).isdecimal() else size
 
 
 @contextmanager

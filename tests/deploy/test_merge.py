@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from dlor_peft import DLoRConfig
+from dlor_peft.deploy.merge import MergeOptions
 from dlor_peft.deploy.surroundings import RECORD
 from dlor_peft.deploy.writing import Shards
 
@@ -351,6 +352,21 @@ def test_of_a_single_file_and_an_index_the_single_file_counts(tmp_path):
     merge(tmp_path)
     model.merge_and_unload().save_pretrained(tmp_path / "want")
     assert_equal_folders(tmp_path / "out", tmp_path / "want")
+
+
+@pytest.mark.parametrize("size", ["1000", 1000, "1KB", "1 kb"])
+def test_the_size_of_a_file(tmp_path, size):
+    adapt_tiny("llama", "scaled", tmp_path)
+    merge(tmp_path)
+    merge(tmp_path, out="small", shard_size=size)
+    assert len(list((tmp_path / "small").glob("model-*.safetensors"))) > 5
+    assert_equal_folders(tmp_path / "small", tmp_path / "out")
+
+
+@pytest.mark.parametrize("size", ["", "0", "0GB", "-5", "1e3", "5 things", 0])
+def test_what_is_no_size_of_a_file(size):
+    with pytest.raises(ValueError, match="is no size of a file"):
+        MergeOptions(shard_size=size)
 
 
 def test_what_is_there_is_kept_unless_it_is_to_be_overwritten(tmp_path):
