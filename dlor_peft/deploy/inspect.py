@@ -19,6 +19,7 @@ from ..blocks import Part, update_blocks
 from ..config import DLoRConfig
 from ..form import Form, Residual
 from ..layers import DLoRLayer
+from ..layers.linear import Linear
 from ..maths import alignment_of_sums, condition_bound, effective_rank, is_invertible, singular_values
 from . import low_rank
 from .adapter import PREFIX, SavedAdapter, layer_config
@@ -148,6 +149,9 @@ def inspect_adapter(adapter: SavedAdapter, base: Checkpoint | None = None) -> Re
                 other = inspect_layer(module, tensors, replace(form, side="output"))
                 exports = tuple(name for name in layer.exact_exports if name in other.exact_exports)
                 layer = replace(layer, exact_exports=exports)
+            if layer.experts is not None or (skeleton is not None and type(adapted[module]) is not Linear):
+                # which `export.Source` refuses
+                layer = replace(layer, exact_exports=())
             reports.append(replace(layer, side=side))
         except OverflowError as error:
             raise ValueError(f"{adapter.source}: {module} is broken: {error}.") from None

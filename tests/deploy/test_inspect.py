@@ -275,6 +275,8 @@ def test_experts_are_read_from_the_weights_that_make_them_up(tmp_path):
     report = inspect_adapter(adapter, Checkpoint(tmp_path / "base"))
     modules = layers(model.base_model.model)
     assert {layer.experts for layer in report.layers} == {None, 4}
+    # one of which has its diagonal on the outputs
+    assert {layer.exact_exports for layer in report.layers if layer.experts} == {()}
     assert len(report.layers) == 6
     alone = {layer.module: layer for layer in inspect_adapter(adapter).layers}
     for layer in report.layers:
