@@ -79,7 +79,12 @@ def _with_adapters(base: Path, adapters: Sequence[SavedAdapter], merged: Any, cl
 
 
 def _inputs(folder: Path, prompt: str) -> dict[str, Tensor]:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(
+            f"{folder} is written, and not verified: it has no tokenizer for the prompt ({error})"
+        ) from error
     inputs: Any = cast(Any, tokenizer)(prompt, return_tensors="pt")
     return {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
 

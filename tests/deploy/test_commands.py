@@ -45,6 +45,15 @@ def test_merge_and_verify(folder, capsys):
     assert "is there already" in capsys.readouterr().err
 
 
+def test_nothing_to_verify_with(folder, capsys):
+    for path in folder.glob("base/tokenizer*"):
+        path.unlink()
+    arguments = ["merge", "--base", str(folder / "base"), "--adapter", str(folder / "adapter")]
+    assert main([*arguments, "--out", str(folder / "out"), "--verify"]) == 2
+    assert "is written, and not verified: it has no tokenizer" in capsys.readouterr().err
+    assert_equal_folders(folder / "out", folder / "want")
+
+
 def test_a_warning_is_one_line(folder):
     file = folder / "adapter" / "adapter_model.safetensors"
     save_file({name: tensor * 1e-2 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
