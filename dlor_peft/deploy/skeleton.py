@@ -270,11 +270,14 @@ def _model_class(config: PretrainedConfig, adapters: Sequence[SavedAdapter], sou
 
 
 def _num_labels(adapter: SavedAdapter) -> int | None:
-    """The outputs of a classification head that was trained with the adapter: of its matrices, the lowest."""
+    """The outputs of a classification head that was trained with the adapter: of its matrices, the lowest.
+
+    A square one is the dense layer that some heads begin with, where there is another.
+    """
     heads = adapter.config.modules_to_save or ()
-    rows = [
-        tensor.shape[0]
+    shapes = [
+        tensor.shape
         for name, tensor in adapter.others.items()
         if tensor.ndim == 2 and any(f".{head}." in f".{name}" for head in heads)
     ]
-    return min(rows, default=None)
+    return min((rows for rows, columns in shapes if rows != columns), default=shapes[0][0] if shapes else None)

@@ -5,6 +5,7 @@ safetensors itself writes a file from tensors that are all in memory.
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import json
 import os
@@ -36,6 +37,9 @@ _TOKENIZER = (
 # what a folder has that may be replaced
 _OURS = ("config.json", "adapter_config.json")
 
+# at once: faster than all of a large tensor
+_CHUNK = 2**20
+
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -66,17 +70,28 @@ def new_folder(path: str | Path, overwrite: bool = False, inputs: Iterable[Path]
             raise OSError(f"cannot write to {path.parent}: {error.strerror or error}. Name another folder.") from error
         try:
             yield partial
-            if path.exists():
-                _remove(former)
-                path.rename(former)
-            partial.rename(path)
-            _remove(former)
+            _replace(path, partial, former)
         except OSError as error:
             _remove(partial)
             raise OSError(f"{path} was not written: {error.strerror or error}. Nothing is left of it.") from error
         except BaseException:
             _remove(partial)
             raise
+
+
+def _replace(path: Path, partial: Path, former: Path) -> None:
+    """`partial` takes the place of `path`, which stays where that fails."""
+    if not path.exists():
+        partial.rename(path)
+        return
+    _remove(former)
+    path.rename(former)
+    try:
+        partial.rename(path)
+    except OSError:
+        former.rename(path)
+        raise
+    _remove(former)
 
 
 def _check_free(path: Path, overwrite: bool, inputs: Iterable[Path]) -> None:
@@ -157,6 +172,9 @@ class Shards:
         self._files = ExitStack()
         self._opened: list[FileIO] = []
         self._places: dict[str, tuple[FileIO, int, Tensor]] = {}
+        needed = sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
+        if needed > (free := shutil.disk_usage(folder).free):
+            raise OSError(errno.ENOSPC, f"{needed:,} bytes are to be written, and the disk has {free:,} free")
         try:
             for name, keys in split.filename_to_tensors.items():
                 self._lay_out(folder / name, {key: tensors[key] for key in keys})
@@ -181,9 +199,6 @@ class Shards:
         text += b" " * (-len(text) % 8)
         file = self._files.enter_context(path.open("wb", buffering=0))
         self._opened.append(file)
-        # for the whole file, where the file system can: a disk that is full says so now
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, 8 + len(text) + offset)
         file.write(struct.pack("<Q", len(text)) + text)
         for key, tensor in tensors.items():
             start: int = header[key]["data_offsets"][0]  # pyright: ignore[reportIndexIssue]
@@ -198,7 +213,7 @@ class Shards:
         data = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
         file.seek(at)
         while data:
-            data = data[file.write(data) :]
+            data = data[file.write(data[:_CHUNK]) :]
 
     def __enter__(self) -> Self:
         return self

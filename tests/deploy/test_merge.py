@@ -19,6 +19,8 @@ from transformers import (
     BertModel,
     MixtralConfig,
     MixtralForCausalLM,
+    RobertaConfig,
+    RobertaModel,
     Wav2Vec2Config,
     Wav2Vec2ForCTC,
 )
@@ -122,6 +124,20 @@ def test_a_trained_head_on_an_encoder_without_one(tmp_path, dtype):
     assert loaded.config.num_labels == 5
     batch = inputs("bert")
     assert distance(loaded(**batch).logits, merged.to(loaded.dtype)(**batch).logits) == 0
+
+
+def test_a_head_with_a_layer_of_its_own_and_more_labels_than_features(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    RobertaModel(RobertaConfig(vocab_size=40, **sizes)).save_pretrained(tmp_path / "encoder")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "encoder", num_labels=30)
+    model = adapt(base, DLoRConfig(r=2, init_weights=False, target_modules=["query"], task_type="SEQ_CLS"), tmp_path)
+    merge(tmp_path, base="encoder")
+    model.merge_and_unload().save_pretrained(tmp_path / "want")
+    got, want = tensors(tmp_path / "out"), tensors(tmp_path / "want")
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[key], want[key]) for key in got)
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.num_labels == 30
 
 
 def test_trained_tokens(tmp_path):
