@@ -284,7 +284,7 @@ class Form:
         elif q_in is not None:
             gain_in = _by_column(q_in, K)
             gain = gain + gain_in + gain * gain_in
-        return torch.addcmul(delta, gain, W)
+        return gain * W + delta
 
 
 def _rows(q: Tensor, start: int, stop: int) -> Tensor:
