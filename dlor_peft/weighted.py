@@ -213,7 +213,7 @@ def _factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def _in_one_dtype(residuals: Sequence[Residual]) -> list[Residual]:
     dtype = reduce(torch.promote_types, (residual.U.dtype for residual in residuals), torch.float32)
-    return [Residual(*(None if t is None else t.to(dtype) for t in residual)) for residual in residuals]  # pyright: ignore
+    return [residual.to(dtype) for residual in residuals]
 
 
 def _listed(names: Iterable[str]) -> str:

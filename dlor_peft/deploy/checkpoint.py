@@ -93,6 +93,10 @@ class Checkpoint:
         self._mapped += spec.num_bytes
         return self._open.get_tensor(key)
 
+    def read_empty(self, key: str) -> Tensor:
+        """Its shape and dtype, on the meta device."""
+        return self.specs[key].empty()
+
     def close(self) -> None:
         """Let go of the file that was read last."""
         self._open = self._path = None

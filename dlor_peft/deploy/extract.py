@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -190,7 +190,7 @@ class Extraction:
         ]
 
     def _units(self, checkpoint: Checkpoint) -> dict[str, Unit]:
-        found, _ = units(checkpoint.specs, _reader_of_empty(checkpoint), self.model)
+        found, _ = units(checkpoint.specs, checkpoint.read_empty, self.model)
         return {target: unit for unit in found for target in unit.targets}
 
     def _pairs(self) -> Iterator[_Pair]:
@@ -293,10 +293,6 @@ def as_pattern(values: Mapping[str, T]) -> tuple[T, dict[str, T]]:
     for name, value in others.items():
         names.setdefault(value, []).append(re.escape(name))
     return common, {"|".join(of_value): value for value, of_value in names.items()}
-
-
-def _reader_of_empty(checkpoint: Checkpoint) -> Callable[[str], Tensor]:
-    return lambda key: checkpoint.specs[key].empty()
 
 
 def _size(tensor: Tensor) -> str:

@@ -100,7 +100,7 @@ class Merge:
         self.base, self.adapters, self.options = base, adapters, options or MergeOptions()
         self.skeleton = Skeleton(base, adapters)
         self.survival: dict[str, Survival] = {}
-        self._units, self.dropped = units(base.specs, self._read_empty, self.skeleton.model)
+        self._units, self.dropped = units(base.specs, self.base.read_empty, self.skeleton.model)
         self._unit_of = {target: unit for unit in self._units for target in unit.targets}
         self.untied = self._resolve_ties()
         self._check_complete()
@@ -183,9 +183,6 @@ class Merge:
             round_to_nearest(block)
         return Survival.of_block(block)
 
-    def _read_empty(self, key: str) -> Tensor:
-        return self.base.specs[key].empty()
-
     def _dtype(self, tensor: Tensor) -> torch.dtype:
         return self.options.dtype if self.options.dtype is not None and tensor.is_floating_point() else tensor.dtype
 
@@ -229,7 +226,7 @@ class Merge:
         in_model = model.state_dict()
         for unit in self._units:
             changes = {name: self.skeleton.changes[name] for name in unit.targets if name in self.skeleton.changes}
-            empty = unit.to_model(self._read_empty, model)
+            empty = unit.to_model(self.base.read_empty, model)
             for name, tensor in empty.items():
                 if tensor.shape != in_model[name].shape and not (
                     name in changes and changes[name].replacement is not None
@@ -249,7 +246,7 @@ class Merge:
             elif unit.converter is None:
                 outputs = unit.to_checkpoint(empty, model)
             else:
-                outputs = {key: self._read_empty(key) for key in unit.sources}
+                outputs = {key: self.base.read_empty(key) for key in unit.sources}
             yield Job(unit, changes, {name: self._cast(tensor) for name, tensor in outputs.items()})
 
     def _planned_additions(self) -> Iterator[Job]:
@@ -271,7 +268,7 @@ class Merge:
                 assert change.replacement is not None
                 planned = change.replacement.to("meta", self._base_dtype)
             else:
-                planned = self._planned(source.to_model(self._read_empty, model)[source.targets[0]], change)
+                planned = self._planned(source.to_model(self.base.read_empty, model)[source.targets[0]], change)
             (key,) = Unit(name=name, targets=[name]).to_checkpoint({name: planned}, model)
             yield Job(source, {name: change}, {key: self._cast(planned)}, only=name)
 
@@ -301,12 +298,8 @@ class Merge:
             return
         assert unit is not None
         if not job.changes:
-            if unit.converter is None:
-                (key,) = job.outputs
-                yield key, self._cast(self.base.read(unit.sources[0]))
-                return
-            for key in unit.sources:
-                yield key, self._cast(self.base.read(key))
+            for key, source in zip(job.outputs, unit.sources, strict=True):
+                yield key, self._cast(self.base.read(source))
             return
         tensors = unit.to_model(self.base.read, model)
         for name in list(tensors):

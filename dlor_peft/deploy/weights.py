@@ -21,7 +21,7 @@ class BaseWeights:
     @cached_property
     def units(self) -> dict[str, Unit]:
         """Name in the model -> the unit of the checkpoint that it comes from."""
-        found, _ = units(self._base.specs, lambda key: self._base.specs[key].empty(), self._skeleton.model)
+        found, _ = units(self._base.specs, self._base.read_empty, self._skeleton.model)
         return {target: unit for unit in found for target in unit.targets}
 
     def stored(self, name: str) -> Tensor:
