@@ -12,12 +12,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from .schema import Recipe
 from .sources import suggest
+from .tasks import task_class
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import TrainingArguments
 
-TASK_TYPES = {"text-classification": "SEQ_CLS", "sft": "CAUSAL_LM"}
 TOP_LEVEL = ("output_dir", "seed")
 
 
@@ -31,17 +31,13 @@ def build_adapter_config(recipe: Recipe) -> PeftConfig:
     if peft_type not in known:
         raise ValueError(f"adapter.peft_type: {peft_type!r} is no registered PEFT method.{suggest(peft_type, known)}")
     values = _check_fields(known[peft_type], recipe.adapter.model_extra or {}, "adapter")
-    values.setdefault("task_type", TaskType(TASK_TYPES[recipe.task.type]))
+    values.setdefault("task_type", TaskType(task_class(recipe.task.type).peft_task_type))
     return _construct(known[peft_type], values, "adapter")
 
 
 def build_training_arguments(recipe: Recipe) -> TrainingArguments:
-    """TrainingArguments, or SFTConfig for sft; checkpoints go to `<output_dir>/checkpoints`."""
-    if recipe.task.type == "sft":
-        from trl import SFTConfig as arguments_class  # pyright: ignore[reportPrivateImportUsage]
-    else:
-        from transformers import TrainingArguments as arguments_class
-
+    """The arguments of the task's trainer; checkpoints go to `<output_dir>/checkpoints`."""
+    arguments_class = task_class(recipe.task.type).arguments_class()
     for name in TOP_LEVEL:
         if name in recipe.training:
             raise ValueError(f"training.{name}: set the top-level {name} instead, and drop this one.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +13,16 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv"}
-SFT_ROLES = (("text",), ("prompt", "completion"), ("messages",))
 
 
-def load_splits(recipe: Recipe) -> dict[str, Dataset]:
-    """All rows of every split that the recipe names.
+def load_splits(recipe: Recipe, allowed: Sequence[tuple[str, ...]]) -> dict[str, Dataset]:
+    """All rows of every split that the recipe names, with one of the `allowed` sets of columns.
 
     Raises:
         FileNotFoundError: a local file is missing.
         ValueError: a file of unknown kind, or a column that a split does not have.
     """
-    columns = _columns(recipe)
+    columns = _columns(recipe, allowed)
     splits = _load_files(recipe.data) if recipe.data.files else _load_hub(recipe.data)
     for name, split in splits.items():
         for role, column in columns.items():
@@ -46,18 +46,15 @@ def draw_rows(splits: dict[str, Dataset], recipe: Recipe) -> dict[str, Dataset]:
     }
 
 
-def _columns(recipe: Recipe) -> dict[str, str]:
+def _columns(recipe: Recipe, allowed: Sequence[tuple[str, ...]]) -> dict[str, str]:
+    """Role -> name of the column, in the order of the roles."""
     given = {str(role): column for role, column in recipe.data.columns.items()}
-    if recipe.task.type == "sft":
-        columns = given or {"text": "text"}
-        if tuple(sorted(columns)) not in [tuple(sorted(roles)) for roles in SFT_ROLES]:
-            allowed = "; ".join(" and ".join(roles) for roles in SFT_ROLES)
-            raise ValueError(f"data.columns: sft reads one of: {allowed}. Given: {', '.join(columns)}.")
-        return columns
-    columns = {"text": "text", "label": "label", **given}
-    if extra := set(columns) - {"text", "label"}:
-        raise ValueError(f"data.columns: text-classification reads text and label; drop {', '.join(sorted(extra))}.")
-    return columns
+    for roles in allowed:
+        # a role that is not named is that of the column of its name
+        if set(given) <= set(roles):
+            return {role: given.get(role, role) for role in roles}
+    choices = "; ".join(" and ".join(roles) for roles in allowed)
+    raise ValueError(f"data.columns: {recipe.task.type} reads {choices}. Given: {', '.join(given)}.")
 
 
 def _load_files(data: DataSection) -> dict[str, Dataset]:

@@ -10,8 +10,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dlor_peft.card import describe
 
-from .models import load_classifier, load_language_model
-from .schema import ModelSection
+from .schema import ModelSection, Recipe
+from .tasks import task_class
 
 BASE = "dlor_base.json"
 
@@ -22,9 +22,9 @@ model, tokenizer = load_trained("path/of/this/adapter")
 """
 
 
-def save_base(folder: Path, model: ModelSection, labels: list[str] | None, training: dict[str, str]) -> None:
+def save_base(folder: Path, recipe: Recipe, labels: list[str] | None, training: dict[str, str]) -> None:
     """Add to a saved adapter what `load_trained` needs, and to its card how to call it and how it was trained."""
-    description = {"model": model.model_dump(mode="json"), "labels": labels}
+    description = {"task": recipe.task.type, "model": recipe.model.model_dump(mode="json"), "labels": labels}
     (folder / BASE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     describe(folder, USAGE, training)
 
@@ -43,9 +43,6 @@ def load_trained(folder: str | Path) -> tuple[PeftModel, PreTrainedTokenizerBase
     description = json.loads(file.read_text(encoding="utf-8"))
     model = ModelSection.model_validate(description["model"])
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    if description["labels"] is None:
-        base = load_language_model(model)
-    else:
-        saved = PeftConfig.from_pretrained(str(folder)).modules_to_save  # pyright: ignore[reportAttributeAccessIssue]
-        base = load_classifier(model, description["labels"], tokenizer, saved or ())
+    saved = PeftConfig.from_pretrained(str(folder)).modules_to_save  # pyright: ignore[reportAttributeAccessIssue]
+    base = task_class(description["task"]).load_base(model, tokenizer, description["labels"], saved or ())
     return PeftModel.from_pretrained(base, str(folder)).eval(), tokenizer

@@ -86,11 +86,11 @@ def load_classifier(
     return _load(AutoModelForSequenceClassification, model, config, {*modules_to_save, "classifier", "score"})
 
 
-def load_language_model(model: ModelSection) -> PreTrainedModel:
+def load_language_model(model: ModelSection, modules_to_save: Collection[str] = ()) -> PreTrainedModel:
     """The frozen causal language model."""
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, model, load_config(model), set())
+    return _load(AutoModelForCausalLM, model, load_config(model), set(modules_to_save))
 
 
 def _load(auto_class: Any, model: ModelSection, config: PretrainedConfig, may_miss: set[str]) -> PreTrainedModel:

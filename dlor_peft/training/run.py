@@ -24,7 +24,7 @@ from .report import (
 )
 from .schema import Recipe
 from .states import check_states
-from .task import Task
+from .tasks import Task, task_class
 
 
 def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
         return finished
     clock = _Clock()
     with clock("data"):
-        task = _build_task(recipe)
+        task = task_class(recipe.task.type)(recipe)
     results = _train(recipe, task, folder, clock)
     folder.write_metrics(results)
     print(result_table(results))
@@ -87,7 +87,7 @@ def _train(recipe: Recipe, task: Task[Any], folder: RunFolder, clock: _Clock) ->
     with clock("save"), atomic(folder.adapter) as partial:
         model.save_pretrained(str(partial))
         task.tokenizer.save_pretrained(partial)
-        save_base(partial, recipe.model, task.labels, training_facts(recipe, trainer.args, results))
+        save_base(partial, recipe, task.labels, training_facts(recipe, trainer.args, results))
     with clock("states"):
         states = check_states(task, trained, folder.adapter, model.device)
     results |= {
@@ -98,16 +98,6 @@ def _train(recipe: Recipe, task: Task[Any], folder: RunFolder, clock: _Clock) ->
     }
     save_curves(folder.curves, trainer.state.log_history, results, task.headline)
     return results
-
-
-def _build_task(recipe: Recipe) -> Task[Any]:
-    if recipe.task.type == "sft":
-        from .sft import SftTask
-
-        return SftTask(recipe)
-    from .classification import ClassificationTask
-
-    return ClassificationTask(recipe)
 
 
 def _check_finite(metrics: dict[str, float]) -> None:

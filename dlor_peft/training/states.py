@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .load import load_trained
-from .task import Outputs, Task
+from .tasks.base import Outputs, Task
 
 
 class StateMismatchError(Exception):

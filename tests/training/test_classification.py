@@ -8,11 +8,11 @@ from samples import TOPICS, write_rows
 from sklearn.linear_model import LogisticRegression
 
 from dlor_peft.cli import main
-from dlor_peft.training.batches import run_batches
-from dlor_peft.training.classification import ClassificationTask
 from dlor_peft.training.configs import build_adapter_config, build_training_arguments
 from dlor_peft.training.recipe import load_recipe
 from dlor_peft.training.states import StateMismatchError, check_states
+from dlor_peft.training.tasks.batches import run_batches
+from dlor_peft.training.tasks.classification import ClassificationTask
 
 
 def metrics_of(tmp_path):

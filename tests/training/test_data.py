@@ -1,13 +1,15 @@
 import pytest
 from samples import write_rows
 
-from dlor_peft.training.classification import ClassificationTask
 from dlor_peft.training.data import draw_rows, load_splits
 from dlor_peft.training.recipe import load_recipe
+from dlor_peft.training.tasks import task_class
+from dlor_peft.training.tasks.classification import ClassificationTask
 
 
 def splits_of(path, *overrides):
-    return load_splits(load_recipe(str(path), overrides)[0])
+    recipe, _ = load_recipe(str(path), overrides)
+    return load_splits(recipe, task_class(recipe.task.type).columns)
 
 
 def test_columns_are_named_by_their_role(write_recipe, tmp_path):
@@ -28,7 +30,7 @@ def test_csv_files_are_read(write_recipe, tmp_path):
     ("override", "message"),
     [
         ("data.columns.text=txt", r"data\.columns\.text: the \w+ split has no column 'txt'\. Did you mean 'text'\?"),
-        ("data.columns.prompt=text", "text-classification reads text and label; drop prompt"),
+        ("data.columns.prompt=text", r"text-classification reads text and label\. Given: prompt"),
         ("data.files.test=/nowhere.jsonl", r"data\.files\.test: no file /nowhere\.jsonl"),
         ("data.files.test=/rows.parquet", r"data\.files\.test: /rows\.parquet is of no known kind\. Known: \.jsonl"),
     ],
@@ -45,13 +47,15 @@ def test_sft_reads_one_of_three_shapes(write_recipe):
         "prompt",
         "completion",
     ]
-    with pytest.raises(ValueError, match=r"sft reads one of: text; prompt and completion; messages\. Given: prompt"):
+    with pytest.raises(ValueError, match=r"data\.columns\.completion: the \w+ split has no column 'completion'"):
         splits_of(path, "data.columns={prompt: text}")
+    with pytest.raises(ValueError, match=r"sft reads text; prompt and completion; messages\. Given: prompt, messages"):
+        splits_of(path, "data.columns={prompt: text, messages: text}")
 
 
 def test_max_rows_draws_rows_with_the_seed(write_recipe):
     recipe, _ = load_recipe(str(write_recipe()), ["data.max_rows=10"])
-    splits = load_splits(recipe)
+    splits = load_splits(recipe, [("text", "label")])
     drawn = draw_rows(splits, recipe)["test"]["text"][:]
     assert len(drawn) == 10
     assert drawn != splits["test"]["text"][:10]

@@ -7,40 +7,55 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch.nn import functional as F
-from transformers import DataCollatorWithPadding, EvalPrediction, Trainer
+from transformers import DataCollatorWithPadding, EvalPrediction, Trainer, TrainingArguments
 
+from ..data import draw_rows, load_splits
+from ..models import load_classifier, load_tokenizer
+from ..schema import ClassificationSection, ModelSection, Recipe
+from .base import Comparison, Task
 from .batches import run_batches
-from .data import draw_rows, load_splits
-from .models import load_classifier, load_tokenizer
 from .probe import linear_probe, probe_head
-from .schema import ClassificationSection, Recipe
-from .task import Comparison, Task
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from datasets import Dataset
     from peft import PeftModel
-    from transformers import PreTrainedModel, TrainingArguments
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class ClassificationTask(Task[torch.Tensor]):
     """Outputs are logits, (test rows, labels), float32."""
 
     headline = "accuracy"
+    peft_task_type = "SEQ_CLS"
+    columns = (("text", "label"),)
 
     def __init__(self, recipe: Recipe) -> None:
         assert isinstance(recipe.task, ClassificationSection)
         self.recipe = recipe
         self.section = recipe.task
-        splits = load_splits(recipe)
+        splits = load_splits(recipe, self.columns)
         # max_rows may not draw every label: they are those of all training rows
         self.labels = _label_names(splits["train"])
         self.tokenizer = load_tokenizer(recipe.model)
         self.rows = {name: self._encode(split, name) for name, split in draw_rows(splits, recipe).items()}
         self.test = self.rows["test"].remove_columns("labels").to_list()
 
-    def load_model(self) -> PreTrainedModel:
-        saved = (self.recipe.adapter.model_extra or {}).get("modules_to_save")
-        return load_classifier(self.recipe.model, self.labels, self.tokenizer, saved or ())
+    @classmethod
+    def arguments_class(cls) -> type[TrainingArguments]:
+        return TrainingArguments
+
+    @classmethod
+    def load_base(
+        cls,
+        model: ModelSection,
+        tokenizer: PreTrainedTokenizerBase,
+        labels: list[str] | None,
+        modules_to_save: Collection[str],
+    ) -> PreTrainedModel:
+        assert labels is not None
+        return load_classifier(model, labels, tokenizer, modules_to_save)
 
     def prepare(self, model: Any) -> dict[str, Any] | None:
         if self.section.baseline is None and self.section.head_from_probe is None:

@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .data import draw_rows, load_splits
-from .models import load_language_model, load_tokenizer
-from .schema import Recipe, SftSection
-from .task import Comparison, Task
+from ..data import draw_rows, load_splits
+from ..models import load_language_model, load_tokenizer
+from ..schema import ModelSection, Recipe, SftSection
+from .base import Comparison, Task
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from peft import PeftModel
-    from transformers import PreTrainedModel, Trainer, TrainingArguments
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 PROMPT_TOKENS = 16
 
@@ -22,16 +24,31 @@ class SftTask(Task[list[list[int]]]):
     """Outputs are the token ids that follow each prompt."""
 
     headline = "loss"
+    peft_task_type = "CAUSAL_LM"
+    columns = (("text",), ("prompt", "completion"), ("messages",))
 
     def __init__(self, recipe: Recipe) -> None:
         assert isinstance(recipe.task, SftSection)
         self.recipe = recipe
         self.section = recipe.task
-        self.rows = draw_rows(load_splits(recipe), recipe)
+        self.rows = draw_rows(load_splits(recipe, self.columns), recipe)
         self.tokenizer = load_tokenizer(recipe.model)
 
-    def load_model(self) -> PreTrainedModel:
-        return load_language_model(self.recipe.model)
+    @classmethod
+    def arguments_class(cls) -> type[TrainingArguments]:
+        from trl import SFTConfig  # pyright: ignore[reportPrivateImportUsage]
+
+        return SFTConfig
+
+    @classmethod
+    def load_base(
+        cls,
+        model: ModelSection,
+        tokenizer: PreTrainedTokenizerBase,
+        labels: list[str] | None,
+        modules_to_save: Collection[str],
+    ) -> PreTrainedModel:
+        return load_language_model(model, modules_to_save)
 
     def build_trainer(self, model: PeftModel, arguments: TrainingArguments) -> Trainer:
         from trl import SFTTrainer  # pyright: ignore[reportPrivateImportUsage]

@@ -1,4 +1,4 @@
-"""What `run.py` asks of a task."""
+"""What the rest of training asks of a task."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import dataclasses
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+from ..schema import ModelSection, Recipe
+
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
@@ -37,14 +41,46 @@ class Task(ABC, Generic[Outputs]):
     headline: ClassVar[str]
     """Name of the metric that is plotted."""
 
+    peft_task_type: ClassVar[str]
+    """PEFT's task_type where the recipe does not set one."""
+
+    columns: ClassVar[tuple[tuple[str, ...], ...]]
+    """The sets of columns, by their roles, that the task can read; the first where the recipe names none."""
+
+    recipe: Recipe
+
     tokenizer: PreTrainedTokenizerBase
 
     labels: Any = None
     """Names of the classes, a list, for a classifier."""
 
     @abstractmethod
+    def __init__(self, recipe: Recipe) -> None: ...
+
+    @classmethod
+    @abstractmethod
+    def arguments_class(cls) -> type[TrainingArguments]:
+        """Whose fields stand in the section `training`."""
+
+    @classmethod
+    @abstractmethod
+    def load_base(
+        cls,
+        model: ModelSection,
+        tokenizer: PreTrainedTokenizerBase,
+        labels: list[str] | None,
+        modules_to_save: Collection[str],
+    ) -> PreTrainedModel:
+        """A fresh base model in evaluation mode.
+
+        `modules_to_save` are those that the adapter trains and saves in full: only they may be missing in the
+        checkpoint.
+        """
+
     def load_model(self) -> PreTrainedModel:
-        """A fresh base model in evaluation mode."""
+        """The base model of the recipe."""
+        saved = (self.recipe.adapter.model_extra or {}).get("modules_to_save")
+        return self.load_base(self.recipe.model, self.tokenizer, self.labels, saved or ())
 
     @abstractmethod
     def build_trainer(self, model: PeftModel, arguments: TrainingArguments) -> Trainer: ...
