@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils.other import fsdp_auto_wrap_policy
 from tiny_models import adapted, build, config_of, distance, inputs, layers, logits
@@ -28,6 +30,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from dlor_peft.layers.parts import StackedWeight
+from dlor_peft.sharding import adapters_sharded_by_rows
 
 NUM_PROCESSES = 2
 FORM = "scaled-both"
@@ -111,6 +114,27 @@ def shard_what_is_adapted(mesh: str, units: str) -> None:
     assert distance(layer.get_delta_weight("default"), layers(want)[name].get_delta_weight("default")) < 1e-5
     refused(model.merge_adapter, "FSDP shards it")
     refused(model.merge_and_unload, "FSDP shards it")
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() == 0:
+        assert_adapter_is(get_peft_model_state_dict(model, state_dict=whole), want)
+
+
+def sharded_by_accelerate() -> None:
+    """The adapter's tensors are split in halves along their rows, not left whole on the first process."""
+    model, want = adapted("llama", FORM), adapted("llama", FORM)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"]
+    )
+    accelerator = Accelerator(cpu=True)
+    accelerator.state.fsdp_plugin = plugin
+    with adapters_sharded_by_rows():
+        model = fsdp2_prepare_model(accelerator, model)
+    for module in model.modules():
+        if isinstance(module, StackedWeight):
+            assert module.weight.shape[0] == 1
+            assert module.weight.to_local().numel() * NUM_PROCESSES == module.weight.numel()
+    train(model, half())
+    train(want)
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() == 0:
         assert_adapter_is(get_peft_model_state_dict(model, state_dict=whole), want)
@@ -233,6 +257,7 @@ def cases(folder: Path) -> dict[str, Callable[[], None]]:
         for units in ("block", "linear", "factor"):
             found[f"shard-{mesh}-{units}"] = lambda mesh=mesh, units=units: shard_what_is_adapted(mesh, units)
     found["save"] = lambda: save_what_was_sharded(folder)
+    found["accelerate"] = sharded_by_accelerate
     found["merged"] = merged_before_it_was_sharded
     found["parameters"] = adapters_of_parameters
     found["bfloat16"] = half_precision

@@ -1,5 +1,6 @@
 """The README's commands and code are what the package does."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -25,10 +26,23 @@ def commands(first: str) -> list[list[str]]:
     return [words for words in (shlex.split(line, comments=True) for line in lines) if words[:1] == [first]]
 
 
+def block_with(text):
+    (block,) = (block for block in blocks("python") if text in block)
+    return block
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.splitlines()[0])
+def test_what_the_python_code_imports_of_us_is_there(block):
+    for statement in ast.parse(block).body:
+        if isinstance(statement, ast.ImportFrom) and str(statement.module).startswith("dlor_peft"):
+            exec(ast.unparse(statement), {})
+
+
 # PEFT asks the hub for a tokenizer that a local adapter folder does not have
 @pytest.mark.filterwarnings("ignore:Unable to fetch remote file:UserWarning")
 def test_the_python_code_runs_from_training_to_merging(tmp_path, monkeypatch):
-    make, load, _, load_merged = blocks("python")
+    make, load = block_with('save_pretrained("my-adapter")'), block_with('from_pretrained("my-adapter")')
+    load_merged = block_with('from_pretrained("merged")')
     base = build("llama")
     base.save_pretrained(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
