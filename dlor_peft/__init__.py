@@ -11,15 +11,37 @@ import sysconfig
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .cap import limit_ratio
     from .config import DLoRConfig
+    from .initialisation import initialize_from_data
     from .layers import DLoRLayer
     from .model import DLoRModel
+    from .optimiser import create_dlor_optimizer, parameter_groups
     from .registration import register
 
 __version__ = "0.1.0"
-__all__ = ["DLoRConfig", "DLoRLayer", "DLoRModel", "__version__", "register"]
+__all__ = [
+    "DLoRConfig",
+    "DLoRLayer",
+    "DLoRModel",
+    "__version__",
+    "create_dlor_optimizer",
+    "initialize_from_data",
+    "limit_ratio",
+    "parameter_groups",
+    "register",
+]
 
-_HOME = {"DLoRConfig": "config", "DLoRLayer": "layers", "DLoRModel": "model", "register": "registration"}
+_HOME = {
+    "DLoRConfig": "config",
+    "DLoRLayer": "layers",
+    "DLoRModel": "model",
+    "create_dlor_optimizer": "optimiser",
+    "initialize_from_data": "initialisation",
+    "limit_ratio": "cap",
+    "parameter_groups": "optimiser",
+    "register": "registration",
+}
 
 
 def __getattr__(name: str):

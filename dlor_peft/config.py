@@ -7,7 +7,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
@@ -69,9 +69,10 @@ class DLoRConfig(PeftConfig):
     dlor_dropout: float = 0.0
     """Dropout probability on the input of the update; the frozen path sees the undropped input."""
 
-    init_weights: bool = True
-    """True starts as the exact identity (delta = 0, U = 0, V Kaiming-uniform). False draws all of them at random: for
-    tests only."""
+    init_weights: bool | Literal["svd"] = True
+    """True starts as the exact identity: delta = 0, U = 0, V Kaiming-uniform. "svd" is the same identity with V from
+    the directions in which W is largest, at the size of the random start. False draws all of them at random: for tests
+    only. `dlor_peft.initialize_from_data` takes V from the inputs of the layers instead."""
 
     target_modules: list[str] | str | None = None
     """Modules to adapt: a list of names or suffixes, a regex that matches whole names, or "all-linear" for every
@@ -193,7 +194,13 @@ class DLoRConfig(PeftConfig):
             raise _error(
                 ValueError, "dlor_dropout", self.dlor_dropout, "at least 0 and below 1", "Pass 0 for no dropout."
             )
-        for name in ("init_weights", "fan_in_fan_out", "ensure_weight_tying"):
+        if isinstance(self.init_weights, str):
+            _check_choice("init_weights", self.init_weights, ("svd",))
+        elif not isinstance(self.init_weights, bool):
+            raise _error(
+                TypeError, "init_weights", self.init_weights, 'True, False or "svd"', "Leave it out if in doubt."
+            )
+        for name in ("fan_in_fan_out", "ensure_weight_tying"):
             if not isinstance(getattr(self, name), bool):
                 raise _error(TypeError, name, getattr(self, name), "True or False", "Leave it out if in doubt.")
 

@@ -256,6 +256,14 @@ class Form:
             return None
         return "rows" if self.side == "output" else "columns"
 
+    def read_by_update(self, W: Tensor) -> Tensor:
+        """What U V^T multiplies, or is added to, as rows that V reads: (..., O, I K) -> (..., n, q)."""
+        if self.mode != "multiplicative":
+            return W
+        if self.side == "output":
+            return W.mT
+        return W.unflatten(-1, (self.in_features, self.taps)).mT.flatten(-3, -2)
+
     def delta_weight(self, residual: Residual, W: Tensor, start: int = 0) -> Tensor:
         """W' - W at scale 1, (..., O, I K), in the dtype of W, not by subtraction: small updates keep their precision.
 

@@ -148,19 +148,19 @@ def effective_rank(sizes: Tensor) -> Tensor:
 def spectral_norm(U: Tensor, V: Tensor) -> Tensor:
     """||U V^T||_2 = sigma_max(R_U R_V^T) = sqrt(lambda_max((U^T U)(V^T V))), with U = Q_U R_U and V = Q_V R_V.
 
-    A scalar tensor. O((p + q) r^2): no p x q matrix, and no squaring of the condition number. Its gradient is
-    u v^T in U V^T (u, v the leading singular vectors): finite also at U = 0, where it is one of the subgradients.
-    First derivatives only.
+    A scalar tensor, or one for each of a batch, U (..., p, r) and V (..., q, r). O((p + q) r^2): no p x q matrix, and
+    no squaring of the condition number. Its gradient is u v^T in U V^T (u, v the leading singular vectors): finite
+    also at U = 0, where it is one of the subgradients. First derivatives only.
     """
     require_float("maths.spectral_norm", U, V)
-    if U.shape[1] == 0:
-        return U.new_zeros(())
+    if U.shape[-1] == 0:
+        return U.new_zeros(U.shape[:-2])
     with torch.no_grad():
         Q_U, R_U = torch.linalg.qr(U)
         Q_V, R_V = torch.linalg.qr(V)
         left, _, right = torch.linalg.svd(R_U @ R_V.mT, full_matrices=False)
-        u, v = Q_U @ left[:, 0], Q_V @ right[0]
-    return (u @ U) @ (v @ V)
+        u, v = Q_U @ left[..., :1], Q_V @ right[..., :1, :].mT  # (..., p, 1), (..., q, 1)
+    return ((u.mT @ U) @ (v.mT @ V).mT)[..., 0, 0]
 
 
 def condition_bound(d: Tensor, U: Tensor, V: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 from peft import PeftConfig
@@ -24,6 +24,7 @@ from .config import PATTERNS, DLoRConfig
 from .layers import DLoRLayer, ParamWrapper, layer_class
 from .layers.attention import MultiheadAttention, UncalledLinear
 from .layers.placement import is_fsdp_managed, offload_hook, stay
+from .layers.start import loading
 from .merging import MergingTuner
 from .offload import fetch_saved, refuse_offloaded
 from .targets import is_left_out, translate_fused
@@ -66,7 +67,7 @@ class DLoRModel(TyingTuner, MergingTuner):
         }
         before = {layer for layer in model.modules() if isinstance(layer, DLoRLayer)}
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), loading() if state_dict is not None else nullcontext():
                 # PEFT compares them with the names of modules only, not with those of parameters
                 warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)

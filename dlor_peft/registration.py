@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Union
 
-from peft import PeftModel, helpers
+from peft import PeftMixedModel, PeftModel, helpers
 from peft import __version__ as peft_version
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -20,10 +20,12 @@ from peft.utils import hotswap as peft_hotswap
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 from transformers import PreTrainedModel
+from transformers.integrations.peft import PeftAdapterMixin
 
 from . import card, hotswap, mixing
 from .config import DLoRConfig
 from .layers import DLoRLayer
+from .layers.start import loading
 from .model import DLoRModel
 
 _NAME = "DLOR"
@@ -56,6 +58,7 @@ def register() -> None:
     _enable_rescaling()
     _enable_mixing(peft_type)
     _enable_cards()
+    _enable_loading()
 
 
 def _enable_hotswap(peft_type: PeftType) -> None:
@@ -137,6 +140,25 @@ def _enable_cards() -> None:
     _wrap(PreTrainedModel, "_upload_modified_files", upload)
 
 
+def _enable_loading() -> None:
+    """What is loaded is not given a start first: PEFT adds an adapter alike whether it is new or to be loaded."""
+
+    def load(original: Any) -> Callable:
+        original = getattr(original, "__func__", original)
+
+        @functools.wraps(original)
+        def load_adapter(*args: Any, **kwargs: Any) -> Any:
+            with loading():
+                return original(*args, **kwargs)
+
+        return load_adapter
+
+    for owner in (PeftModel, PeftMixedModel):
+        _wrap(owner, "from_pretrained", load, classmethod)
+    for owner in (PeftModel, PeftAdapterMixin):
+        _wrap(owner, "load_adapter", load)
+
+
 def _has_config(model: Any) -> bool:
     """Whether one of the adapters of a PeftModel or of transformers' own integration is DLoR's."""
     return any(_is_ours(config) for config in getattr(model, "peft_config", {}).values())
@@ -159,14 +181,19 @@ def _route(owner: ModuleType | type, function: Callable, applies: Callable[..., 
     _wrap(owner, function.__name__, choose)
 
 
-def _wrap(owner: ModuleType | type, name: str, wrap: Callable[[Callable], Callable]) -> None:
-    """`owner`'s function of that name is what `wrap` makes of it."""
+def _wrap(
+    owner: ModuleType | type,
+    name: str,
+    wrap: Callable[[Callable], Callable],
+    kind: Callable[[Callable], Any] = lambda function: function,
+) -> None:
+    """`owner`'s function of that name is what `wrap` makes of it, as `kind` (classmethod) has it."""
     original = getattr(owner, name, None)
     if original is None:
         warnings.warn(
             f"dlor_peft.registration: PEFT {peft_version} has no {owner.__name__}.{name}, by which DLoR's part in "
-            "hot-swapping, PeftMixedModel or the model cards on the Hub is reached: they do not know DLoR. All else "
-            "works; see the README for the versions of PEFT that were tested.",
+            "hot-swapping, PeftMixedModel, loading or the model cards on the Hub is reached: they do not know DLoR. "
+            "All else works; see the README for the versions of PEFT that were tested.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -175,7 +202,7 @@ def _wrap(owner: ModuleType | type, name: str, wrap: Callable[[Callable], Callab
     original = getattr(original, "_without_dlor", original)
     wrapped = functools.wraps(original)(wrap(original))
     wrapped._without_dlor = original  # pyright: ignore[reportAttributeAccessIssue]
-    setattr(owner, name, wrapped)
+    setattr(owner, name, kind(wrapped))
 
 
 def _add_member(enum_class: type[PeftType], name: str) -> None:

@@ -61,9 +61,10 @@ BAD_VALUES = [
     ({"fan_in_fan_out": "yes"}, TypeError, r"fan_in_fan_out must be True or False"),
     ({"dlor_dropout": True}, TypeError, r"dlor_dropout must be a number"),
     ({"dlor_dropout": None}, TypeError, r"dlor_dropout must be a number"),
-    ({"init_weights": "gaussian"}, TypeError, r"init_weights must be True or False"),
-    ({"init_weights": None}, TypeError, r"init_weights must be True or False"),
-    ({"init_weights": 1}, TypeError, r"init_weights must be True or False"),
+    ({"init_weights": "gaussian"}, ValueError, r"init_weights must be one of 'svd', but it is 'gaussian'"),
+    ({"init_weights": "SVD"}, ValueError, r"init_weights must be one of 'svd'"),
+    ({"init_weights": None}, TypeError, r'init_weights must be True, False or "svd"'),
+    ({"init_weights": 1}, TypeError, r'init_weights must be True, False or "svd"'),
 ]  # fmt: skip
 
 BAD_COMBINATIONS = [
@@ -103,6 +104,8 @@ GOOD = [
     {"mode_pattern": {"q": "multiplicative"}, "depth_pattern": {"q": 3}},
     {"mode": "additive", "mode_pattern": {"q": "scaled"}, "side_pattern": {"q": "both"}},
     {"dlor_dropout": 0},
+    {"init_weights": "svd"},
+    {"init_weights": False},
     {"target_modules": ["q"], "layers_to_transform": 0, "layers_pattern": "h"},
     {"target_modules": ["q"], "layers_to_transform": [0, 2]},
 ]

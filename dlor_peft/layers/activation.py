@@ -135,6 +135,24 @@ class ActivationLayer(DLoRLayer):
         """(out_features,) -> a shape that broadcasts with the output."""
         return bias
 
+    def low_rank_response(self, adapter_name: str, x: Tensor, y: Tensor, V: Tensor) -> Tensor:
+        """t = z V (..., columns of V), z what the low-rank term of a fresh adapter reads when x becomes y.
+
+        Differentiable in V, which may have any number of columns.
+        """
+        form = self.form[adapter_name]
+        if form.mode == "multiplicative":
+            bias = self._bias(x) if form.acts_on_output else None
+            z = (y if bias is None else y - self._along_features(bias).to(y.dtype)) if form.acts_on_output else x
+            return self._read_features(z, V)
+        return self._read_input(x, V)
+
+    def _read_features(self, z: Tensor, V: Tensor) -> Tensor:
+        return z.to(V.dtype) @ V
+
+    def _read_input(self, x: Tensor, V: Tensor) -> Tensor:
+        return x.to(V.dtype) @ V
+
     def _dropped(self, dropout: nn.Module, x: Tensor) -> Any:
         return dropout(x)
 

@@ -18,6 +18,7 @@ from .collapsed import CollapsedStacks
 from .parts import StackedWeight
 from .placement import execution_device, is_tensor_parallel
 from .quantised import Snapshot
+from .start import start_from_weight
 from .weight import WeightLayer
 
 
@@ -123,7 +124,9 @@ class DLoRLayer(WeightLayer):
             if name in factors:
                 tensors[adapter_name] = factors[name]
         if tied_to is None:
-            self.reset_parameters(adapter_name, config.init_weights)
+            self.reset_parameters(adapter_name, bool(config.init_weights))
+            if config.init_weights == "svd" and not config.inference_mode:
+                start_from_weight(self, adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -139,6 +142,10 @@ class DLoRLayer(WeightLayer):
             else:
                 bound = 0.1 if name.startswith("dlor_diag") else weight.shape[-2] ** -0.5
                 weight.uniform_(-bound, bound)
+
+    def factor_names(self, adapter_name: str) -> tuple[str, str]:
+        """The factor of the low-rank term that starts at 0, and the other, which says where the first step goes."""
+        return "dlor_U", "dlor_V"
 
     def residual(self, adapter_name: str) -> Residual:
         """The adapter's tensors as one diagonal plus low rank. Differentiable."""

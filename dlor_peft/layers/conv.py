@@ -113,8 +113,7 @@ class Conv(ActivationLayer):
         assert V is not None
         conv, x = self._conv, x.to(acc.dtype)
         if U.shape[1]:
-            kernel = V.mT.unflatten(-1, conv.weight.shape[1:]).repeat(conv.groups, *[1] * (conv.weight.ndim - 1))
-            t = conv._conv_forward(x, kernel.to(x.dtype), None)
+            t = conv._conv_forward(x, self._as_kernel(V).to(x.dtype), None)
             pointwise = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[conv.weight.ndim]
             combine = U.view(*U.shape, *[1] * len(conv.kernel_size)).to(t.dtype)
             acc = acc + scale * pointwise(t, combine, groups=conv.groups).to(acc.dtype)
@@ -142,6 +141,20 @@ class Conv(ActivationLayer):
             scale,
         )
         return y.movedim(-1, dim)
+
+    def _as_kernel(self, V: Tensor) -> Tensor:
+        """V (C K, r) -> the kernel of a convolution to r channels in each group."""
+        conv = self._conv
+        return V.mT.unflatten(-1, conv.weight.shape[1:]).repeat(conv.groups, *[1] * (conv.weight.ndim - 1))
+
+    def _read_features(self, z: Tensor, V: Tensor) -> Tensor:
+        dim = -1 - len(self._conv.kernel_size)
+        return z.to(V.dtype).unflatten(dim, (-1, len(V))).movedim(dim, -1) @ V
+
+    def _read_input(self, x: Tensor, V: Tensor) -> Tensor:
+        t = self._conv._conv_forward(x.to(V.dtype), self._as_kernel(V), None)
+        dim = -1 - len(self._conv.kernel_size)
+        return t.unflatten(dim, (self._conv.groups, -1)).movedim(dim, -1)
 
     def _as_matrix(self, stored: Tensor) -> Tensor:
         return stored.flatten(1)

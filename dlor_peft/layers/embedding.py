@@ -54,6 +54,10 @@ class Embedding(ActivationLayer):
             nn.init.normal_(self.dlor_U[adapter_name]())
             nn.init.normal_(self.dlor_V[adapter_name](), std=0 if init_weights else 1)
 
+    def factor_names(self, adapter_name: str) -> tuple[str, str]:
+        is_added = self.form[adapter_name].mode != "multiplicative"
+        return ("dlor_V", "dlor_U") if is_added else super().factor_names(adapter_name)
+
     def _dropped(self, dropout: nn.Module, x: Tensor) -> Tensor | _Tokens:
         if x.is_floating_point():
             return dropout(x)

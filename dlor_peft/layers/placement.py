@@ -8,7 +8,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
 from accelerate.utils import named_module_tensors
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def offload_hook(module: nn.Module) -> AlignDevicesHook | None:
@@ -41,6 +41,13 @@ def fetch(module: nn.Module, name: str) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """The tensor, gathered where it is sharded. Differentiable."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def overwrite(parameter: Tensor, value: Tensor) -> None:
+    """parameter <- value, in place; of a sharded one each process writes its shard of the value that all have."""
+    if isinstance(parameter, DTensor):
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(value)
 
 
 def store(module: nn.Module, name: str, value: Tensor) -> None:
