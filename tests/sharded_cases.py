@@ -29,7 +29,10 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
+from dlor_peft import create_dlor_optimizer, initialize_from_data
 from dlor_peft.layers.parts import StackedWeight
+from dlor_peft.layers.placement import whole
+from dlor_peft.maths import spectral_norm
 from dlor_peft.sharding import adapters_sharded_by_rows
 
 NUM_PROCESSES = 2
@@ -248,6 +251,38 @@ def fsdp1(policy: str) -> None:
     assert_adapter_is(get_peft_model_state_dict(model, state_dict=whole), want)
 
 
+def limited_and_started(kind: str) -> None:
+    """The limit after each step, and a start from each process's own batches, of what FSDP2 or DDP trains."""
+    form = "multiplicative-output-3"
+    model, want = adapted("llama", form, init_weights=True), adapted("llama", form, init_weights=True)
+    own = {name: value[half()] for name, value in inputs("llama", rows=4).items()}
+    initialize_from_data(want, [inputs("llama", rows=4)], progress=False)
+    initialize_from_data(model, [own], progress=False)
+    for name, layer in layers(model).items():
+        assert distance(layer.dlor_V["default"].weight, layers(want)[name].dlor_V["default"].weight) < 1e-3, name
+    model.load_state_dict(want.state_dict())
+    trained = shard(model.base_model.model, None) if kind == "fsdp2" else DistributedDataParallel(model)
+    for one, rows in ((trained, half()), (want, slice(None))):
+        optimizer = create_dlor_optimizer(one, 2.0, max_ratio=0.01, optimizer_class=torch.optim.SGD)
+        for _ in range(3):
+            optimizer.zero_grad()
+            batch = {name: value[rows] for name, value in inputs("llama", rows=4).items()}
+            one(**batch).logits.square().mean().backward()
+            optimizer.step()
+    reached = 0.0
+    for name, layer in layers(model).items():
+        for part in ("dlor_diag", "dlor_U", "dlor_V"):
+            got, expected = (whole(getattr(one, part)["default"].weight) for one in (layer, layers(want)[name]))
+            assert distance(got, expected) < 1e-4, (name, part)
+        diag, U, V = (
+            whole(getattr(layer, part)["default"].weight).double() for part in ("dlor_diag", "dlor_U", "dlor_V")
+        )
+        ratio = spectral_norm(U, V) / (1 + diag).abs().amin(-1)
+        assert (ratio <= 0.01 * (1 + 1e-12)).all(), name
+        reached = max(reached, ratio.max().item())
+    assert reached > 0.0099
+
+
 def cases(folder: Path) -> dict[str, Callable[[], None]]:
     found: dict[str, Callable[[], None]] = {}
     for mesh in MESHES:
@@ -265,6 +300,8 @@ def cases(folder: Path) -> dict[str, Callable[[], None]]:
         found[f"tp-{name}"] = lambda name=name: tensor_parallel(name)
     found["tp-and-fsdp"] = tensor_parallel_and_sharded
     found["tp-transformers"] = lambda: tensor_parallel_by_transformers(folder)
+    for kind in ("ddp", "fsdp2"):
+        found[f"limit-{kind}"] = lambda kind=kind: limited_and_started(kind)
     found["ddp"] = distributed_data_parallel
     for policy in ("whole", "peft"):
         found[f"fsdp1-{policy}"] = lambda policy=policy: fsdp1(policy)

@@ -8,7 +8,8 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from tiny_models import build
+from peft import get_peft_model
+from tiny_models import build, inputs
 
 import dlor_peft
 from dlor_peft.cli import main
@@ -96,3 +97,11 @@ def test_links_to_files_lead_somewhere():
 def test_the_modes_are_those_of_the_config():
     for name in dlor_peft.config.MODES:
         assert f'`"{name}"`' in README
+
+
+def test_the_optimiser_and_starts_run():
+    code = block_with("create_dlor_optimizer")
+    config = dlor_peft.DLoRConfig(r=2, mode="multiplicative", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    names = {"model": get_peft_model(build("llama"), config), "dataloader": [inputs("llama")] * 2}
+    exec(code, names)
+    assert [group["role"] for group in names["optimizer"].param_groups] == ["diagonal", "U", "V", "full"]

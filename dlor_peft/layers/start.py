@@ -46,11 +46,12 @@ def start_from_weight(layer: DLoRLayer, adapter_name: str) -> None:
     if name not in form.shapes or _is_loading.get():
         return
     base_layer = layer.get_base_layer()
-    stored = getattr(base_layer, layer.parameter_name)
-    is_unknown = stored.is_meta and offload_hook(base_layer) is None
+    stored = getattr(base_layer, layer.parameter_name, None)
+    # HQQ's layers have no such attribute
+    is_unknown = stored is not None and stored.is_meta and offload_hook(base_layer) is None
     if is_unknown or getattr(layer, name)[adapter_name].weight.is_meta:
         return
-    with gather_params_ctx(stored, modifier_rank=None):
+    with gather_params_ctx(base_layer.parameters(recurse=False), modifier_rank=None):
         W = form.read_by_update(layer._as_matrix(_weight(layer)))
         if name == "dlor_U":
             W = W.mT

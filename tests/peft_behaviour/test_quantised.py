@@ -18,6 +18,7 @@ from quantised_models import (
     logits,
     loss,
     quantised,
+    weights,
 )
 from safetensors.torch import load_file
 from tiny_models import distance
@@ -178,3 +179,28 @@ def test_the_saved_adapter_loads_onto_the_quantised_base(backend, checkpoints, t
     assert all(".dlor_" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
     loaded = PeftModel.from_pretrained(backend(checkpoints), tmp_path).train()
     assert distance(logits(loaded), logits(model)) == 0
+
+
+def is_dequantised(model):
+    try:
+        return bool(weights(model))
+    except (NotImplementedError, TypeError):
+        return False
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_a_start_from_the_weights_needs_them_dequantised(backend, checkpoints):
+    """What the backend cannot give back is refused, and the base left as it was."""
+    base = backend(checkpoints).train()
+    want = logits(base)
+    if not is_dequantised(get_peft_model(backend(checkpoints), config_of())):
+        with pytest.raises(ValueError, match=r"cannot be dequantised.*Use init_weights=True"):
+            get_peft_model(base, config_of(init_weights="svd"))
+        assert torch.equal(logits(base), want)
+        return
+    model = get_peft_model(base, config_of(init_weights="svd")).train()
+    assert torch.equal(logits(model), want)
+    for layer in quantised(model).values():
+        W, V = layer.get_base_weight().float(), layer.dlor_V["default"].weight[0]
+        best = torch.linalg.svdvals(W)[: V.shape[1]].square().sum() / 3
+        assert (W @ V).square().sum() > 0.999 * best
