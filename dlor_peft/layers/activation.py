@@ -148,10 +148,10 @@ class ActivationLayer(DLoRLayer):
         return self._read_input(x, V)
 
     def _read_features(self, z: Tensor, V: Tensor) -> Tensor:
-        return z.to(V.dtype) @ V
+        return z.to(V) @ V
 
     def _read_input(self, x: Tensor, V: Tensor) -> Tensor:
-        return x.to(V.dtype) @ V
+        return x.to(V) @ V
 
     def _dropped(self, dropout: nn.Module, x: Tensor) -> Any:
         return dropout(x)

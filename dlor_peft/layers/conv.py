@@ -149,10 +149,10 @@ class Conv(ActivationLayer):
 
     def _read_features(self, z: Tensor, V: Tensor) -> Tensor:
         dim = -1 - len(self._conv.kernel_size)
-        return z.to(V.dtype).unflatten(dim, (-1, len(V))).movedim(dim, -1) @ V
+        return z.to(V).unflatten(dim, (-1, len(V))).movedim(dim, -1) @ V
 
     def _read_input(self, x: Tensor, V: Tensor) -> Tensor:
-        t = self._conv._conv_forward(x.to(V.dtype), self._as_kernel(V), None)
+        t = self._conv._conv_forward(x.to(V), self._as_kernel(V), None)
         dim = -1 - len(self._conv.kernel_size)
         return t.unflatten(dim, (self._conv.groups, -1)).movedim(dim, -1)
 
