@@ -178,6 +178,23 @@ def condition_bound(d: Tensor, U: Tensor, V: Tensor) -> Tensor:
     return (size.max() + norm) / (size.min() - norm)
 
 
+def condition_bound_by_inverse(d: Tensor, U: Tensor, V: Tensor) -> Tensor:
+    """cond_2(M) <= (max|d| + ||U V^T||_2) (1 / min|d| + ||U' V'^T||_2), where M^-1 = diag(1/d) + U' V'^T.
+
+    A scalar tensor, never above `condition_bound`, and finite for every M that `inverse` inverts: inf for the others.
+    Square M only; O(n r^2).
+    """
+    require_float("maths.condition_bound_by_inverse", d, U, V)
+    _require_square("maths.condition_bound_by_inverse", U, V)
+    try:
+        d_inverse, U_inverse, V_inverse = inverse(d, U, V)
+    except ValueError:
+        return U.new_full((), torch.inf)
+    if not all(part.isfinite().all() for part in (d_inverse, U_inverse, V_inverse)):
+        return U.new_full((), torch.inf)
+    return (d.abs().max() + spectral_norm(U, V)) * (d_inverse.abs().max() + spectral_norm(U_inverse, V_inverse))
+
+
 def alignment_index(delta: Tensor, W: Tensor) -> Tensor:
     """I sum_i(<delta_i, W_i>^2 / ||W_i||^2) / ||delta||_F^2 over the rows i of delta and W, both (O, I).
 

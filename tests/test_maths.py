@@ -11,6 +11,7 @@ from dlor_peft.maths import (
     apply,
     collapse,
     condition_bound,
+    condition_bound_by_inverse,
     effective_rank,
     inverse,
     is_invertible,
@@ -208,6 +209,27 @@ def test_condition_bound_is_attained():
     assert torch.linalg.cond(materialise(d, U, V)).item() == pytest.approx(7)
 
 
+@law
+@given(seeds, sizes, ranks, st.booleans(), st.floats(0, 5))
+def test_the_bound_by_the_inverse_bounds_the_condition_and_is_the_tighter_one(seed, n, r, scalar, rho):
+    d, U, V = random(seed, (1 if scalar else n,), (n, r), (n, r))
+    d = away_from_zero(d)
+    U = U * (rho * d.abs().min() / spectral_norm(U, V).clamp(min=1e-6))
+    bound = condition_bound_by_inverse(d, U, V).item()
+    condition = torch.linalg.cond(materialise(d, U, V)).item()
+    # beyond, both are rounding
+    if condition < 1e8:
+        assert condition * (1 - 1e-6) <= bound < torch.inf
+    assert rho > 0.999 or bound <= condition_bound(d, U, V).item() * (1 + 1e-6)
+
+
+def test_the_bound_by_the_inverse_is_infinite_without_one():
+    U, V = torch.tensor([[1.0], [0], [0]]), torch.tensor([[-1.0], [0], [0]])
+    assert condition_bound_by_inverse(torch.ones(3), U, V) == torch.inf
+    assert condition_bound_by_inverse(torch.tensor([1.0, 0, 1]), U, V) == torch.inf
+    assert condition_bound_by_inverse(torch.ones(3), 2 * U, V) < 10
+
+
 def test_condition_bound_is_infinite_where_it_says_nothing():
     d, U, V = random(0, (4,), (4, 2), (4, 2))
     assert condition_bound(d * 1e-3, U, V) == torch.inf
@@ -276,6 +298,10 @@ class TestGradients:
         d, U, V = random(0, (1 if scalar else 4,), (4, r), (4, r))
         assert torch.autograd.gradcheck(condition_bound, self.leaves(away_from_zero(d), 0.01 * U, V))
 
+    def test_condition_bound_by_inverse(self, r, scalar):
+        d, U, V = random(0, (1 if scalar else 4,), (4, r), (4, r))
+        assert torch.autograd.gradcheck(condition_bound_by_inverse, self.leaves(away_from_zero(d), 0.1 * U, V))
+
 
 def test_slogdet_has_the_dense_gradient_at_a_zero_in_d():
     d, U, V = random(0, (5,), (5, 2), (5, 2))
@@ -286,7 +312,7 @@ def test_slogdet_has_the_dense_gradient_at_a_zero_in_d():
     assert all(relative(g, w) < 1e-10 for g, w in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("function", [materialise, inverse, slogdet, condition_bound])
+@pytest.mark.parametrize("function", [materialise, inverse, slogdet, condition_bound, condition_bound_by_inverse])
 def test_arguments_are_not_changed(function):
     arguments = random(0, (5,), (5, 2), (5, 2))
     copies = [t.clone() for t in arguments]
@@ -294,7 +320,7 @@ def test_arguments_are_not_changed(function):
     assert all(torch.equal(a, b) for a, b in zip(arguments, copies, strict=True))
 
 
-@pytest.mark.parametrize("function", [inverse, slogdet, condition_bound])
+@pytest.mark.parametrize("function", [inverse, slogdet, condition_bound, condition_bound_by_inverse])
 def test_square_and_precision_are_required(function):
     with pytest.raises(ValueError, match="U has 5 rows and V has 4; only a square"):
         function(torch.ones(4), torch.ones(5, 2), torch.ones(4, 2))

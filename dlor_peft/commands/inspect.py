@@ -27,7 +27,7 @@ What the columns say of a layer, with the factors of a stack multiplied out to d
   |a-1|        ||alpha - 1||, how far the diagonal is from "no change": the 2-norm of q, |q| for a scalar
   |UV'|        ||U V^T|| in the Frobenius norm; --json has the spectral norm as well
   eff.rank     of U V^T: exp of the entropy of its singular values over their sum (Roy & Vetterli, 2007)
-  cond         cond(W') <= cond * cond(W); inf: no such bound follows
+  cond         cond(W') <= cond * cond(W); inf: the map has no inverse, or a zero on its diagonal
   inv          whether the map that multiplies W can be inverted
   exact        what the layer can be exported to without any error, by dlor export
 cond and inv are of a square map that multiplies W: P of mode "multiplicative", diag(alpha) of mode "scaled" at r = 0.

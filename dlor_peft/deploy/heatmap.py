@@ -41,18 +41,23 @@ def heatmap_png(report: Report) -> bytes:
         for layer, (row, column) in zip(report.layers, places, strict=True):
             found = value(layer)
             cells[row][column] = float("nan") if found is None else found
-        axes.set_facecolor("lightgrey")
-        highest = max((cell for row in cells for cell in row if cell == cell), default=0.0)
-        image = axes.imshow(cells, aspect="auto", cmap="viridis", vmin=0, vmax=highest or 1)
         axes.set_xticks(range(len(columns)), columns, rotation=90)
-        axes.set_yticks(range(len(rows)), rows)
-        axes.set(title=title, ylabel="layer")
-        figure.colorbar(image, ax=axes)
+        axes.set(title=title)
+        highest = max((cell for row in cells for cell in row if cell == cell), default=0.0)
+        figure.colorbar(draw_layers(axes, cells, rows, highest), ax=axes)
         if len(rows) * len(columns) <= _MAX_CELLS:
             _annotate(axes, cells, highest)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     return buffer.getvalue()
+
+
+def draw_layers(axes: Any, cells: list[list[float]], rows: list[str], highest: float) -> Any:
+    """The image of `cells`, a row for each layer, in colours from 0 to `highest`; nan is no cell."""
+    axes.set_facecolor("lightgrey")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set(ylabel="layer")
+    return axes.imshow(cells, aspect="auto", cmap="viridis", vmin=0, vmax=highest or 1)
 
 
 def grid(modules: list[str]) -> tuple[list[str], list[str], list[tuple[int, int]]]:

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from ..blocks import Part, update_blocks
 from ..config import DLoRConfig
+from ..facts import invertible, layer_facts, multiplies, residuals
 from ..form import Form, Residual
 from ..layers import DLoRLayer
 from ..layers.linear import Linear
-from ..maths import alignment_of_sums, condition_bound, effective_rank, is_invertible, singular_values
+from ..maths import alignment_of_sums
 from . import low_rank
 from .adapter import PREFIX, SavedAdapter, layer_config
 from .checkpoint import Checkpoint
@@ -56,7 +57,7 @@ class LayerReport:
     spectral_norm       ||U V^T||_2
     effective_rank      of U V^T: `maths.effective_rank`
     multiplies          whether all of the update is a square map that multiplies the weight
-    condition_bound     of that map: cond(W') <= bound * cond(W). None where there is none, or no bound
+    condition_bound     of that map: `facts.LayerFacts`. None where there is none, or no bound
     invertible          whether that map is; None where there is none
     exact_exports       of LoRA and DoRA, those that are the same function
     """
@@ -191,16 +192,8 @@ def inspect_layer(module: str, tensors: Mapping[str, Tensor], form: Form) -> Lay
     """The report on one layer from its own tensors. OverflowError where their product is not finite."""
     exact = {name: tensor.double() for name, tensor in tensors.items()}
     residual = form.residual(exact)
-    each = [residual] if form.experts is None else [residual.of_expert(e) for e in range(form.experts)]
-    if any(part is not None and not part.isfinite().all() for part in residual):
-        raise OverflowError("its factors multiply to more than float64 holds")
-    sizes = [singular_values(one.U, one.V) for one in each]
-    diagonals = [part for part in (residual.q, residual.q_in) if part is not None]
-    frobenius_norm = _norm(sizes)
-    if not math.isfinite(frobenius_norm):
-        raise OverflowError("its factors multiply to more than float64 holds")
-    multiplies = form.mode == "multiplicative" or (form.mode == "scaled" and form.r == 0)
-    bounds = [_condition_bound(form, one) for one in each] if multiplies else []
+    facts = asdict(layer_facts(form, residual))
+    bound = facts.pop("condition_bound")
     some = next(iter(tensors.values()))
     return LayerReport(
         module=module,
@@ -214,37 +207,12 @@ def inspect_layer(module: str, tensors: Mapping[str, Tensor], form: Form) -> Lay
         dtype=str(some.dtype).removeprefix("torch."),
         num_parameters=sum(tensor.numel() for tensor in tensors.values()),
         num_bytes=sum(tensor.nbytes for tensor in tensors.values()),
-        diagonal_deviation=_norm(diagonals),
-        frobenius_norm=frobenius_norm,
-        spectral_norm=max((s[0].item() for s in sizes if len(s)), default=0.0),
-        effective_rank=sum(effective_rank(s).item() for s in sizes) / len(sizes),
-        multiplies=multiplies,
-        condition_bound=max(bounds) if bounds and math.isfinite(max(bounds)) else None,
-        invertible=all(_is_invertible(form, one) for one in each) if multiplies else None,
-        exact_exports=_exact_exports(form, each, frobenius_norm),
+        **facts,
+        multiplies=multiplies(form),
+        condition_bound=None if bound is None or math.isinf(bound) else bound,
+        invertible=invertible(form, residual),
+        exact_exports=_exact_exports(form, residuals(form, residual), facts["frobenius_norm"]),
     )
-
-
-def _norm(parts: list[Tensor]) -> float:
-    # of the norms: the parts have different shapes
-    return torch.stack([torch.linalg.vector_norm(part) for part in parts]).norm().item() if parts else 0.0
-
-
-def _maps(form: Form, residual: Residual) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """The square maps diag(d) + U V^T whose product multiplies the weight."""
-    q, U, V, q_in = residual
-    if form.mode == "scaled":
-        diagonals = [1 + part for part in (q, q_in) if part is not None]
-        return [(d, d.new_zeros(len(d), 0), d.new_zeros(len(d), 0)) for d in diagonals]
-    return [(U.new_ones(1) if q is None else 1 + q, U, V)]
-
-
-def _condition_bound(form: Form, residual: Residual) -> float:
-    return math.prod(condition_bound(*one).item() for one in _maps(form, residual))
-
-
-def _is_invertible(form: Form, residual: Residual) -> bool:
-    return all(is_invertible(*one) for one in _maps(form, residual))
 
 
 def _exact_exports(form: Form, each: list[Residual], norm: float) -> tuple[str, ...]:

@@ -44,6 +44,8 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
     if recipe.training.get("resume_from_checkpoint"):
         raise ValueError("training.resume_from_checkpoint: dlor train starts every run anew; drop it.")
     values = _check_fields(arguments_class, recipe.training, "training")
+    # a loss that is not finite is no loss to hide: `divergence` stops at it
+    values.setdefault("logging_nan_inf_filter", False)
     checkpoints = Path(recipe.output_dir, "checkpoints")
     return _construct(arguments_class, {**values, "output_dir": str(checkpoints), "seed": recipe.seed}, "training")
 

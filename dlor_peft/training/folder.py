@@ -24,6 +24,9 @@ class RunFolder:
         self.adapter = self.path / "adapter"
         self.checkpoints = self.path / "checkpoints"
         self.curves = self.path / "curves.png"
+        self.updates = self.path / "updates.png"
+        self.layers = self.path / "layers.jsonl"
+        self.environment = self.path / "environment.json"
         self.recipe = self.path / "recipe.yaml"
         self.metrics = self.path / "metrics.json"
 
@@ -42,7 +45,8 @@ class RunFolder:
                     "folder (output_dir=OTHER), or run with --overwrite to replace it."
                 )
             return
-        for path in (self.adapter, self.checkpoints, self.curves, self.recipe, self.metrics):
+        files = (self.metrics, self.curves, self.updates, self.layers, self.environment, self.recipe)
+        for path in (self.adapter, self.checkpoints, *files):
             if path.exists():
                 raise ValueError(f"output_dir: {path} is not of a dlor run. Choose another folder: output_dir=OTHER.")
 
@@ -72,7 +76,7 @@ class RunFolder:
     def create(self, recipe: Recipe) -> None:
         """Remove what an earlier run wrote, and nothing else; write the resolved recipe."""
         # metrics.json first: an unfinished folder must not look finished
-        for file in (self.metrics, self.curves):
+        for file in (self.metrics, self.curves, self.updates, self.layers):
             file.unlink(missing_ok=True)
         for folder in (self.adapter, self.checkpoints):
             shutil.rmtree(folder, ignore_errors=True)

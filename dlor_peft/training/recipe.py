@@ -56,7 +56,8 @@ def explain(recipe: Recipe, sources: Sources) -> str:
     width = min(60, max(len(line) for line, _ in lines if line))
     text = "\n".join(f"{line:<{width}}  # {origin}" if origin else line for line, origin in lines)
     arguments = type(build_training_arguments(recipe)).__name__
-    return f"# {sources.path}\n{text}\n# training: all other fields keep the defaults of {arguments}"
+    others = f"all other fields keep the defaults of {arguments}, but logging_nan_inf_filter is false"
+    return f"# {sources.path}\n{text}\n# training: {others}"
 
 
 def _lines(values: dict[str, Any], sources: Sources, prefix: str = "") -> Iterator[tuple[str, str]]:

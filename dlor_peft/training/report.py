@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 PACKAGES = ("dlor-peft", "torch", "transformers", "peft", "trl", "datasets")
 
 
+MOVES = {"dlor_norm": r"$\|U V^T\|_F$", "dlor_alpha_drift": r"$\|\alpha - 1\|$"}
+"""Of what `watching.summary` logs: what the curves show."""
+
+
 def trainable_parameters(model: PeftModel) -> dict[str, Any]:
     """Trainable parameters by kind of module (layer numbers replaced by *), their total and the model's."""
     prefix = getattr(model.base_model, "prefix", "modules_to_save.")
@@ -30,7 +34,7 @@ def trainable_parameters(model: PeftModel) -> dict[str, Any]:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        module = re.split(rf"\.(?:{re.escape(prefix)}|modules_to_save\.)", name.removeprefix("base_model.model."))[0]
+        module = module_of(name, prefix)
         kind = kinds.setdefault(re.sub(r"\.\d+(?=\.)", ".*", module), {"modules": 0, "parameters": 0})
         kind["modules"] += module not in seen
         kind["parameters"] += parameter.numel()
@@ -38,6 +42,11 @@ def trainable_parameters(model: PeftModel) -> dict[str, Any]:
     trainable = sum(kind["parameters"] for kind in kinds.values())
     total = sum(parameter.numel() for parameter in model.parameters())
     return {"trainable": trainable, "total": total, "kinds": kinds}
+
+
+def module_of(parameter: str, prefix: str) -> str:
+    """The module, by its name in the base model, that a trained parameter is of; the method's start with `prefix`."""
+    return re.split(rf"\.(?:{re.escape(prefix)}|modules_to_save\.)", parameter.removeprefix("base_model.model."))[0]
 
 
 def parameter_table(parameters: dict[str, Any]) -> str:
@@ -67,9 +76,11 @@ def result_table(results: dict[str, Any]) -> str:
 
 
 def save_curves(path: Path, history: list[dict[str, float]], results: dict[str, Any], headline: str) -> None:
-    """A PNG: the loss while training, and the headline metric before, while and after."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    losses, metrics = figure.subplots(1, 2)
+    """A PNG: the loss while training, the headline metric before, while and after, and how far DLoR layers moved."""
+    moved = _series(history, "dlor_norm_max")[0]
+    figure = Figure(figsize=(10, 8 if moved else 4), layout="constrained")
+    panels = figure.subplots(2 if moved else 1, 2, squeeze=False)
+    losses, metrics = panels[0]
     losses.plot(*_series(history, "loss"), label="train")
     if (dev := _series(history, "eval_loss"))[0]:
         losses.plot(*dev, "o-", label="dev")
@@ -83,6 +94,12 @@ def save_curves(path: Path, history: list[dict[str, float]], results: dict[str, 
         metrics.axhline(results["baseline"][headline], color="grey", ls="--", label=results["baseline"]["name"])
     metrics.set(xlabel="step", ylabel=headline, title="before and after")
     metrics.legend()
+    if moved:
+        for axes, (key, title) in zip(panels[1], MOVES.items(), strict=True):
+            for of_layers in ("max", "mean"):
+                axes.plot(*_series(history, f"{key}_{of_layers}"), label=f"{of_layers} of the layers")
+            axes.set(xlabel="step", ylabel=title)
+            axes.legend()
     with atomic(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
 

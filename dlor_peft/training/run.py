@@ -11,7 +11,9 @@ from typing import Any
 from peft import get_peft_model
 from transformers import set_seed
 
+from .callbacks import attach
 from .configs import build_adapter_config, build_training_arguments
+from .environment import write_environment
 from .folder import RunFolder, atomic
 from .load import save_base
 from .report import (
@@ -25,6 +27,8 @@ from .report import (
 from .schema import Recipe
 from .states import check_states
 from .tasks import Task, task_class
+from .updates import save_updates
+from .watching import DivergenceError, as_json, facts_of, finite, read_history
 
 
 def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
@@ -33,8 +37,8 @@ def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
     A finished run of the same recipe is not repeated unless `overwrite`.
 
     Raises:
-        ValueError, FileNotFoundError: before anything is written, where the recipe, its data or output_dir is wrong;
-            after training and before anything is saved, where it diverged.
+        ValueError, FileNotFoundError: before anything is written, where the recipe, its data or output_dir is wrong.
+        DivergenceError: the training diverged; no adapter is saved.
         StateMismatchError: the reloaded or merged adapter differs; metrics.json is not written.
     """
     folder = RunFolder(recipe.output_dir)
@@ -67,8 +71,10 @@ def _train(recipe: Recipe, task: Task[Any], folder: RunFolder, clock: _Clock) ->
         trainer = task.build_trainer(model, build_training_arguments(recipe))
     except RuntimeError as error:
         raise ValueError(f"training: the trainer refuses these values: {error}") from error
+    watch = attach(trainer, recipe, folder.layers)
     # everything that a recipe can get wrong has been built: from here on an earlier run is replaced
     folder.create(recipe)
+    write_environment(folder.environment)
     with clock("before"):
         before = task.measure(trainer, task.run(model))
     with clock("training"):
@@ -94,8 +100,12 @@ def _train(recipe: Recipe, task: Task[Any], folder: RunFolder, clock: _Clock) ->
         "states": states,
         "seconds": clock.seconds(),
         "versions": installed_versions(),
+        "history": [finite(entry) for entry in trainer.state.log_history],
+        "layers": as_json(facts_of(model)) if watch else None,
         "recipe": recipe.model_dump(mode="json"),
     }
+    if history := read_history(folder.layers):
+        save_updates(folder.updates, history)
     save_curves(folder.curves, trainer.state.log_history, results, task.headline)
     return results
 
@@ -103,7 +113,7 @@ def _train(recipe: Recipe, task: Task[Any], folder: RunFolder, clock: _Clock) ->
 def _check_finite(metrics: dict[str, float]) -> None:
     for name, value in metrics.items():
         if not math.isfinite(value):
-            raise ValueError(
+            raise DivergenceError(
                 f"training diverged: the test {name} is {value}. Nothing was saved. Lower training.learning_rate, or "
                 "raise training.warmup_steps."
             )

@@ -13,6 +13,9 @@ Split = Literal["train", "dev", "test"]
 Role = Literal["text", "label", "prompt", "completion", "messages"]
 
 
+MAX_CONDITION = 1e8
+
+
 class Section(BaseModel):
     """A mapping of known keys only; an unknown one is an error of type "unknown_key" that says what was meant."""
 
@@ -115,6 +118,16 @@ class AdapterSection(Section):
     """PEFT method: DLOR, LORA or any other registered one."""
 
 
+class WatchSection(Section):
+    layers: bool = True
+    """At each logging step (training.logging_steps), add to what the trainer logs and reports (training.report_to)
+    the drift of alpha, ||U V^T||, the effective rank and the worst condition bound of the DLoR layers."""
+
+    max_condition: PositiveFloat | None = MAX_CONDITION
+    """Stop the run where what multiplies a weight has a condition bound above this: P of mode multiplicative, the
+    diagonal of mode scaled at r = 0. Other layers have none. Needs layers: true; null never stops."""
+
+
 class Recipe(Section):
     model: ModelSection
     task: Annotated[ClassificationSection | SftSection, Field(discriminator="type")]
@@ -122,6 +135,9 @@ class Recipe(Section):
     adapter: AdapterSection
     training: dict[str, Any] = {}
     """Fields of transformers.TrainingArguments, or of trl.SFTConfig for sft; `configs.py` checks them."""
+
+    watch: WatchSection = WatchSection()
+    """What is logged of the adapter's layers, and when a run has diverged."""
 
     output_dir: str
     """Folder for everything that the run writes, relative to the current folder."""
