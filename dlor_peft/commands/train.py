@@ -16,6 +16,7 @@ be overridden, nested ones by dotted keys; the values are YAML:
   dlor train my.yaml adapter.mode=                      an empty value drops a key: its default applies
   dlor train my.yaml training.learning_rate=1e-3 'adapter.target_modules=[q_proj, v_proj]'
   dlor train my.yaml --explain                          every resolved value and where it is from; trains nothing
+  dlor train my.yaml --dry-run                          all checks, a sample, the memory; no weights, trains nothing
 
 A relative path in a recipe is relative to the recipe, on the command line to the current folder; output_dir always to
 the current folder. A finished run is not repeated: its results are printed. Exit code 2: an error in what was given;
@@ -27,7 +28,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = verbs.add_parser(
         "train",
         help="train an adapter from a recipe, and check that it reloads and merges",
-        usage="dlor train [RECIPE] [key=value ...] [--explain] [--overwrite]",
+        usage="dlor train [RECIPE] [key=value ...] [--explain | --dry-run] [--overwrite]",
         description="Train an adapter, save it, reload it into a fresh model, merge it, and compare the three.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -39,6 +40,11 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="a recipe's path, or the name of a packaged one: quickstart (the default), smol-lm-sft; then overrides",
     )
     parser.add_argument("--explain", action="store_true", help="print the resolved recipe with origins, and stop")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check all of it without weights, print what would be trained on what and its memory, and stop",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the finished run in output_dir")
     parser.set_defaults(verb=run)
 
@@ -53,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     dlor_peft.register()
     try:
+        from ..training.dry_run import dry_run
         from ..training.recipe import explain, load_recipe
         from ..training.run import train
 
@@ -61,6 +68,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ImportError(f"dlor train needs {error.name}: install dlor-peft with its extra 'train'") from error
     if arguments.explain:
         print(explain(recipe, sources))
+        return 0
+    if arguments.dry_run:
+        dry_run(recipe, overwrite=arguments.overwrite)
         return 0
     train(recipe, overwrite=arguments.overwrite)
     return 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,21 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 PACKAGE = "package:"
+
+_without_weights: ContextVar[bool] = ContextVar("without_weights", default=False)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Models that are loaded within are built from their config on the meta device: no weights are read."""
+    import torch
+
+    token = _without_weights.set(True)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        _without_weights.reset(token)
 
 
 def resolve_path(model: ModelSection) -> str:
@@ -94,6 +111,8 @@ def load_language_model(model: ModelSection, modules_to_save: Collection[str] = 
 
 
 def _load(auto_class: Any, model: ModelSection, config: PretrainedConfig, may_miss: set[str]) -> PreTrainedModel:
+    if _without_weights.get():
+        return auto_class.from_config(config, **({} if model.dtype == "auto" else {"dtype": model.dtype}))
     loaded, info = auto_class.from_pretrained(
         resolve_path(model), config=config, revision=model.revision, dtype=model.dtype, output_loading_info=True
     )

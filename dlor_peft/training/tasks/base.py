@@ -6,7 +6,9 @@ import dataclasses
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+from ..models import without_weights
 from ..schema import ModelSection, Recipe
+from .showing import show_row
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -49,6 +51,9 @@ class Task(ABC, Generic[Outputs]):
 
     recipe: Recipe
 
+    rows: dict[str, Any]
+    """The splits as `datasets.Dataset`s."""
+
     tokenizer: PreTrainedTokenizerBase
 
     labels: Any = None
@@ -82,6 +87,11 @@ class Task(ABC, Generic[Outputs]):
         saved = (self.recipe.adapter.model_extra or {}).get("modules_to_save")
         return self.load_base(self.recipe.model, self.tokenizer, self.labels, saved or ())
 
+    def build_empty(self) -> PreTrainedModel:
+        """The base model of the recipe on the meta device, which needs its config and no weights."""
+        with without_weights():
+            return self.load_model()
+
     @abstractmethod
     def build_trainer(self, model: PeftModel, arguments: TrainingArguments) -> Trainer: ...
 
@@ -95,6 +105,10 @@ class Task(ABC, Generic[Outputs]):
 
     @abstractmethod
     def compare(self, trained: Outputs, other: Outputs) -> Comparison: ...
+
+    def show_sample(self, batch: dict[str, Any]) -> str:
+        """The row of a training batch of one, as the trainer has encoded it: for the eye."""
+        return show_row(self.tokenizer, batch)
 
     def prepare(self, model: Any) -> dict[str, Any] | None:
         """Before the model is adapted: its head's start, and the metrics of the baseline that the recipe asks for."""

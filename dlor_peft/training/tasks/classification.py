@@ -15,6 +15,7 @@ from ..schema import ClassificationSection, ModelSection, Recipe
 from .base import Comparison, Task
 from .batches import run_batches
 from .probe import linear_probe, probe_head
+from .showing import show_row
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -79,6 +80,10 @@ class ClassificationTask(Task[torch.Tensor]):
             compute_metrics=_accuracy,
             head_learning_rate=self.section.head_learning_rate,
         )
+
+    def show_sample(self, batch: dict[str, Any]) -> str:
+        text = show_row(self.tokenizer, {name: value for name, value in batch.items() if name != "labels"})
+        return f"{text}\nlabel: {self.labels[batch['labels'].item()]}"
 
     def run(self, model: Any) -> torch.Tensor:
         model.eval()

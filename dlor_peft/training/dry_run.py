@@ -1,0 +1,170 @@
+"""`dlor train --dry-run`: everything that a run would come across, checked without weights and without a trace."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import get_peft_model
+
+from dlor_peft.deploy.tables import format_table
+
+from .configs import build_adapter_config, build_training_arguments
+from .folder import RunFolder
+from .hub_access import check_push
+from .matching import unmatched
+from .memory import StepMemory, step_memory
+from .report import parameter_table, trainable_parameters
+from .schema import Recipe
+from .tasks import Task, task_class
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
+
+DEVICES = (2, 8)
+"""The numbers of devices that the estimate is shown for, where all but activations is sharded."""
+
+
+class DryRunError(ValueError):
+    """All that a run would stumble over, in one message."""
+
+
+def dry_run(recipe: Recipe, overwrite: bool = False) -> None:
+    """Print what the run would train, on what, and with how much memory; it trains nothing and writes nothing.
+
+    Raises:
+        DryRunError: every problem that was found.
+    """
+    run = _DryRun(recipe)
+    run.look_at_folder(overwrite)
+    run.look_at_hub()
+    run.build()
+    if run.problems:
+        numbered = " ".join(f"({index}) {problem}" for index, problem in enumerate(run.problems, start=1))
+        raise DryRunError(f"--dry-run found {len(run.problems)}: {numbered}")
+    print("nothing was found that would stop the run; nothing was trained or written")
+
+
+class _DryRun:
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.problems: list[str] = []
+
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
+        """What is wrong in the block is noted, and the rest goes on."""
+        try:
+            yield
+        except (ValueError, ImportError, OSError) as error:
+            self.problems.append(str(error))
+
+    def look_at_folder(self, overwrite: bool) -> None:
+        folder = RunFolder(self.recipe.output_dir)
+        with self._noted():
+            folder.check(overwrite)
+            finished = None if overwrite else folder.finished_results(self.recipe)
+            there = next(path for path in (folder.path.absolute(), *folder.path.absolute().parents) if path.exists())
+            if not os.access(there, os.W_OK | os.X_OK):
+                raise ValueError(f"output_dir: {there} is not writable. Choose another folder: output_dir=OTHER.")
+            state = "a finished run of this recipe, which would be shown and not repeated" if finished else "new"
+            if not finished and folder.recipe.exists():
+                state = "an earlier run, which would be replaced"
+            print(f"output_dir: {folder.path}: {state}")
+
+    def look_at_hub(self) -> None:
+        with self._noted():
+            arguments = build_training_arguments(self.recipe)
+            if arguments.push_to_hub:
+                print(f"training.push_to_hub: {check_push(arguments)}")
+
+    def build(self) -> None:
+        task = trainer = None
+        with self._noted():
+            task = task_class(self.recipe.task.type)(self.recipe)
+        if task is None:
+            return
+        print("rows: " + ", ".join(f"{name} {len(split):,}" for name, split in task.rows.items()))
+        with self._noted(), tempfile.TemporaryDirectory() as scratch:
+            trainer = self._trainer(task, Path(scratch))
+        if trainer is None:
+            return
+        with self._noted():
+            loader, rows = _batches(trainer)
+            print(f"\nthe first row as it is trained:\n{task.show_sample(loader.collate_fn([loader.dataset[0]]))}\n")
+            print(_estimate(trainer, loader.collate_fn([loader.dataset[row] for row in rows])))
+
+    def _trainer(self, task: Task[Any], scratch: Path) -> Trainer | None:
+        base = task.build_empty()
+        modules = [name for name, _ in base.named_modules()]
+        given = self.recipe.adapter.model_extra or {}
+        config = build_adapter_config(self.recipe)
+        with torch.device("meta"), warnings.catch_warnings():
+            # what matches nothing is no warning here
+            warnings.filterwarnings("ignore", ".*match", RuntimeWarning)
+            try:
+                model = get_peft_model(base, config)
+            except ValueError as error:
+                raise ValueError(f"adapter: {error}") from error
+        tuner: Any = model.base_model
+        adapted = [*getattr(tuner, "targeted_module_names", ()), *getattr(tuner, "targeted_parameter_names", ())]
+        print(parameter_table(trainable_parameters(model)))
+        self.problems += unmatched(given, model.peft_config["default"], modules, adapted)
+        arguments = build_training_arguments(self.recipe)
+        _leave_no_trace(arguments, scratch)
+        # what is spread over devices, the Trainer does not move
+        base.hf_device_map = {"": "meta"}  # pyright: ignore[reportArgumentType]
+        try:
+            return task.build_trainer(model, arguments)
+        except RuntimeError as error:
+            raise ValueError(f"training: the trainer refuses these values: {error}") from error
+
+
+def _leave_no_trace(arguments: TrainingArguments, scratch: Path) -> None:
+    # the Trainer makes both when it is constructed
+    arguments.output_dir, arguments.push_to_hub = str(scratch), False
+
+
+def _batches(trainer: Trainer) -> tuple[Any, list[int]]:
+    """A loader that has the training rows in order, and the indices of the longest: a batch of them."""
+    rows: Any = trainer.train_dataset
+    loader: Any = trainer.get_eval_dataloader(rows)
+    lengths = [sum(len(value) for value in row.values() if isinstance(value, list)) for row in loader.dataset]
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    return loader, order[: trainer.args.per_device_train_batch_size]
+
+
+def _estimate(trainer: Trainer, batch: dict[str, Any]) -> str:
+    checkpointed = bool(trainer.args.activation_checkpointing)
+    try:
+        memory = step_memory(trainer, batch)
+    except Exception as error:
+        # whatever a model does with values that are not there: the run is as good as before
+        return f"memory: cannot be estimated without weights: {str(error).splitlines()[0]}"
+    rows = [["memory of a step (estimated)", "MiB"], *_rows(memory, checkpointed)]
+    shape = " x ".join(map(str, memory.shape))
+    return (
+        f"{format_table(rows)}\nfor a batch of the longest rows, {shape}, per device; without what CUDA itself needs"
+    )
+
+
+def _rows(memory: StepMemory, checkpointed: bool) -> list[list[str]]:
+    parts = {
+        "frozen weights": memory.weights,
+        "trained weights": memory.trained,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "activations": memory.activations,
+    }
+    if memory.activations_checkpointed is not None:
+        parts["activations, checkpointed"] = memory.activations_checkpointed
+    with_or_without = "with" if checkpointed else "without"
+    parts[f"in all, {with_or_without} activation checkpointing"] = memory.total(checkpointed)
+    for count in DEVICES:
+        parts[f"in all on each of {count} devices, FSDP2 or ZeRO-3"] = memory.sharded(count, checkpointed)
+    return [[name, f"{size / 2**20:,.1f}"] for name, size in parts.items()]
