@@ -24,5 +24,5 @@ def attach(trainer: Trainer, recipe: Recipe, layers_file: Path) -> WatchLayers |
     elif recipe.watch.layers:
         print(f"watch.layers: the facts logged of each layer are those of DLOR, none of {recipe.adapter.peft_type}")
     # last, so that what stopped the run has been reported
-    trainer.add_callback(StopDivergence(watch, recipe.watch.max_condition))
+    trainer.add_callback(StopDivergence(trainer.model, watch, recipe.watch.max_condition))
     return watch

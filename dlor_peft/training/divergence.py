@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel, reduce
+from accelerate.utils import extract_model_from_parallel, gather_object, reduce
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
+from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 
 from .report import module_of
@@ -20,37 +22,36 @@ if TYPE_CHECKING:
 
 
 class StopDivergence(TrainerCallback):
-    """DivergenceError before a step whose gradients are not finite, and at a logging step whose loss, gradient norm or
-    parameters are not, or where the condition bound of a layer is above `max_condition`.
+    """DivergenceError before a step whose gradients are not finite, and at a logging step whose loss or gradient norm
+    is not, or where the condition bound of a layer is above `max_condition`.
 
     All processes raise it at the same step. Gradients in float16 overflow in healthy runs, whose steps accelerate then
     skips, and DeepSpeed keeps its own: there only what is logged is looked at.
     """
 
-    def __init__(self, layers: WatchLayers | None, max_condition: float | None) -> None:
+    def __init__(self, model: nn.Module, layers: WatchLayers | None, max_condition: float | None) -> None:
         self._layers = layers
         self._max_condition = max_condition
+        self._batch: dict[str, Any] = {}
+        model.register_forward_pre_hook(self._keep, with_kwargs=True)
+
+    def _keep(self, model: nn.Module, inputs: tuple[Any, ...], batch: dict[str, Any]) -> None:
+        if model.training:
+            self._batch = batch
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        gradients = {name: p.grad for name, p in _trained(kwargs["model"]) if p.grad is not None}
-        if args.fp16 or _are_finite(list(gradients.values()), args.device):
-            return
-        broken = [name for name, size in _sizes(gradients, args.device).items() if not math.isfinite(size)]
-        several = len(broken) == len(gradients)
-        finding = (
-            "no layer's gradient is finite"
-            if several
-            else f"the gradient of {_module(kwargs['model'], broken[0])} is not finite"
-        )
-        raise _error(args, state.global_step + 1, finding, kwargs["model"])
+        gradients = [p.grad for _, p in _trained(kwargs["model"]) if p.grad is not None]
+        if not args.fp16 and not _are_finite(gradients, args.device):
+            # the Trainer has clipped them: what one of them had is in all
+            raise self._error(args, state.global_step + 1, "the gradients are not finite", kwargs["model"])
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]
         for name in ("loss", "grad_norm"):
             if not math.isfinite(logs.get(name, 0.0)) and not (args.fp16 and name == "grad_norm"):
-                raise _error(args, state.global_step, f"the logged {name} is {logs[name]}", kwargs["model"])
+                raise self._error(args, state.global_step, f"the logged {name} is {logs[name]}", kwargs["model"])
         worst = worst_bound(self._layers.facts) if self._layers and "loss" in logs else None
         if worst and self._max_condition and worst[1] > self._max_condition:
             raise DivergenceError(
@@ -59,16 +60,43 @@ class StopDivergence(TrainerCallback):
                 f"{_remedy(args)} If the run is meant to go there, raise watch.max_condition."
             )
 
+    def _error(self, args: TrainingArguments, step: int, finding: str, model: nn.Module) -> DivergenceError:
+        sizes = _sizes(dict(_trained(model)), args.device)
+        name = next((name for name, size in sizes.items() if not math.isfinite(size)), None)
+        if name is not None:
+            layer = f"the first layer with a parameter that is not finite is {_module(model, name)}"
+        elif (name := first_overflow(model, self._batch)) is not None:
+            layer = f"the first layer with an output that is not finite is {_module(model, name)}"
+        else:
+            name = max(sizes, key=lambda name: sizes[name])
+            layer = f"the largest trained parameter, {sizes[name]:.2g}, is one of {_module(model, name)}"
+        return DivergenceError(f"training diverged at step {step}: {finding}; {layer}. {_remedy(args)}")
 
-def _error(args: TrainingArguments, step: int, finding: str, model: nn.Module) -> DivergenceError:
-    sizes = _sizes(dict(_trained(model)), args.device)
-    name = next((name for name, size in sizes.items() if not math.isfinite(size)), None)
-    if name is not None:
-        layer = f"the first layer with a parameter that is not finite is {_module(model, name)}"
-    else:
-        name = max(sizes, key=lambda name: sizes[name])
-        layer = f"the largest trained parameter, {sizes[name]:.2g}, is one of {_module(model, name)}"
-    return DivergenceError(f"training diverged at step {step}: {finding}; {layer}. {_remedy(args)}")
+
+def first_overflow(model: nn.Module, batch: dict[str, Any]) -> str | None:
+    """The first module, of any process, whose output for the batch is not finite; None where all are.
+
+    All processes must ask: where parameters are sharded, they run the model together.
+    """
+    found: list[str] = []
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+            if not found and not all(leaf.isfinite().all() for leaf in leaves):
+                found.append(name)
+
+        return hook
+
+    handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
+    try:
+        with torch.no_grad():
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    of_all: list[str] = gather_object(found)
+    return of_all[0] if of_all else None
 
 
 def _remedy(args: TrainingArguments) -> str:
@@ -84,9 +112,10 @@ def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in unwrapped.named_parameters() if parameter.requires_grad]
 
 
-def _module(model: nn.Module, parameter: str) -> str:
+def _module(model: nn.Module, name: str) -> str:
+    """The layer, by its name in the base model, of a parameter or module of the adapted one."""
     tuner = getattr(extract_model_from_parallel(model), "base_model", None)
-    return module_of(parameter, getattr(tuner, "prefix", "modules_to_save."))
+    return module_of(name, getattr(tuner, "prefix", "modules_to_save.")).replace(".base_layer", "")
 
 
 def _are_finite(tensors: list[Tensor], device: torch.device) -> bool:
