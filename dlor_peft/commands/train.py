@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from ..training.packaged import list_recipes
+
 DEFAULT_RECIPE = "quickstart"
 
 EPILOG = """\
@@ -21,6 +23,8 @@ be overridden, nested ones by dotted keys; the values are YAML:
 A relative path in a recipe is relative to the recipe, on the command line to the current folder; output_dir always to
 the current folder. A finished run is not repeated: its results are printed. Exit code 2: an error in what was given;
 DLOR_TRACEBACK=1 shows where.
+
+Packaged recipes:
 """
 
 
@@ -30,14 +34,14 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="train an adapter from a recipe, and check that it reloads and merges",
         usage="dlor train [RECIPE] [key=value ...] [--explain | --dry-run] [--overwrite]",
         description="Train an adapter, save it, reload it into a fresh model, merge it, and compare the three.",
-        epilog=EPILOG,
+        epilog=EPILOG + list_recipes(width=117),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "words",
         nargs="*",
         metavar="RECIPE, key=value",
-        help="a recipe's path, or the name of a packaged one: quickstart (the default), smol-lm-sft; then overrides",
+        help=f"a recipe's path, or the name of a packaged one (default: {DEFAULT_RECIPE}); then overrides",
     )
     parser.add_argument("--explain", action="store_true", help="print the resolved recipe with origins, and stop")
     parser.add_argument(

@@ -49,7 +49,8 @@ def draw_rows(splits: dict[str, Dataset], recipe: Recipe) -> dict[str, Dataset]:
 def _columns(recipe: Recipe, allowed: Sequence[tuple[str, ...]]) -> dict[str, str]:
     """Role -> name of the column, in the order of the roles."""
     given = {str(role): column for role, column in recipe.data.columns.items()}
-    for roles in allowed:
+    # those that are named in full go before those of which a part is named
+    for roles in sorted(allowed, key=lambda roles: set(roles) != set(given)):
         # a role that is not named is that of the column of its name
         if set(given) <= set(roles):
             return {role: given.get(role, role) for role in roles}

@@ -15,24 +15,19 @@ from .tasks import task_class
 
 BASE = "dlor_base.json"
 
-USAGE = """\
-from dlor_peft.training.load import load_trained
-
-model, tokenizer = load_trained("path/of/this/adapter")
-"""
-
 
 def save_base(folder: Path, recipe: Recipe, labels: list[str] | None, training: dict[str, str]) -> None:
     """Add to a saved adapter what `load_trained` needs, and to its card how to call it and how it was trained."""
     description = {"task": recipe.task.type, "model": recipe.model.model_dump(mode="json"), "labels": labels}
     (folder / BASE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    describe(folder, USAGE, training)
+    describe(folder, task_class(recipe.task.type).usage(recipe.model), training)
 
 
 def load_trained(folder: str | Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """The adapter in `folder` on a fresh base model, in evaluation mode, and the tokenizer.
 
-    A classifier's labels are in `model.config.id2label`.
+    A classifier's labels are in `model.config.id2label`. Of an embedding model it is the transformer; the adapter's
+    card says how the whole of it is loaded.
 
     Raises:
         FileNotFoundError: the folder is not the adapter of a `dlor train` run.

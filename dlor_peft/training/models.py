@@ -9,10 +9,13 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .identity import build_identity
+from .quantization import build_quantization
 from .schema import ModelSection
 from .sources import suggest
 
 if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 PACKAGE = "package:"
@@ -100,7 +103,8 @@ def load_classifier(
         # a decoder classifies the last token that is not padding
         config.pad_token_id = tokenizer.pad_token_id
     # PEFT saves these two for every sequence classifier
-    return _load(AutoModelForSequenceClassification, model, config, {*modules_to_save, "classifier", "score"})
+    saved = {*modules_to_save, "classifier", "score"}
+    return _in_full_precision(model, _load(AutoModelForSequenceClassification, model, config, saved))
 
 
 def load_language_model(model: ModelSection, modules_to_save: Collection[str] = ()) -> PreTrainedModel:
@@ -110,17 +114,72 @@ def load_language_model(model: ModelSection, modules_to_save: Collection[str] = 
     return _load(AutoModelForCausalLM, model, load_config(model), set(modules_to_save))
 
 
+def load_seq2seq_model(model: ModelSection, modules_to_save: Collection[str] = ()) -> PreTrainedModel:
+    """The frozen encoder and decoder."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    loaded = _load(AutoModelForSeq2SeqLM, model, load_config(model), set(modules_to_save))
+    return _in_full_precision(model, loaded)
+
+
+def load_sentence_transformer(model: ModelSection) -> SentenceTransformer:
+    """The embedding model, with the modules and settings that its folder or repository names."""
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise ImportError(
+            "task: embedding needs sentence-transformers: install dlor-peft with its extra 'embedding'"
+        ) from error
+
+    if model.weights == "identity":
+        raise ValueError("model.weights: an embedding model starts from a checkpoint; drop identity.")
+    load_config(model)
+    return SentenceTransformer(
+        resolve_path(model), revision=model.revision, model_kwargs=placement(model), config_kwargs=model.config
+    ).eval()
+
+
+def placement(model: ModelSection) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that say in which form and where the weights are held."""
+    values = {
+        "dtype": model.dtype,
+        "quantization_config": build_quantization(model.quantization),
+        "device_map": model.device_map,
+        "offload_folder": model.offload_folder,
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def _load(auto_class: Any, model: ModelSection, config: PretrainedConfig, may_miss: set[str]) -> PreTrainedModel:
-    if _without_weights.get():
+    if model.weights == "identity":
+        loaded, missing = build_identity(auto_class, config, model.dtype, may_miss)
+        lack = "model.weights: identity leaves"
+    elif _without_weights.get():
         return auto_class.from_config(config, **({} if model.dtype == "auto" else {"dtype": model.dtype}))
-    loaded, info = auto_class.from_pretrained(
-        resolve_path(model), config=config, revision=model.revision, dtype=model.dtype, output_loading_info=True
-    )
-    missing = sorted(key for key in info["missing_keys"] if not may_miss & set(key.split(".")))
+    else:
+        loaded, info = auto_class.from_pretrained(
+            resolve_path(model), config=config, revision=model.revision, output_loading_info=True, **placement(model)
+        )
+        missing = info["missing_keys"]
+        lack = "model.path: the checkpoint lacks"
+    missing = sorted(key for key in missing if not may_miss & set(key.split(".")))
     if missing:
         raise ValueError(
-            f"model.path: the checkpoint lacks {len(missing)} weights, {', '.join(missing[:5])} first: drawn at "
-            "random, they would differ at every load. Choose a checkpoint for this task, or train and save their "
-            "modules too (adapter.modules_to_save)."
+            f"{lack} {len(missing)} weights, {', '.join(missing[:5])} first: drawn at random, they would differ at "
+            "every load. Choose a checkpoint for this task, or train and save their modules too "
+            "(adapter.modules_to_save)."
         )
+    for module in loaded.modules():
+        # bitsandbytes repacks 4-bit weights when a CPU first calls them in evaluation mode; no gradient passes those
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
     return loaded
+
+
+def _in_full_precision(model: ModelSection, loaded: PreTrainedModel) -> PreTrainedModel:
+    # what is not quantised, for transformers' own Trainer; TRL's trainers leave it as it is
+    if not model.quantization:
+        return loaded
+    from peft import prepare_model_for_kbit_training
+
+    return prepare_model_for_kbit_training(loaded, use_gradient_checkpointing=False)

@@ -14,6 +14,7 @@ from peft import PeftConfig
 from pydantic import ValidationError
 
 from .configs import build_adapter_config, build_training_arguments, describe
+from .quantization import build_quantization
 from .schema import Recipe
 from .sources import COMMAND_LINE, Sources, find_recipe
 
@@ -33,6 +34,7 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> tuple[Recipe, Sourc
         raise ValueError(f"{sources.path}: a value is neither text, number, list nor mapping: {error}") from error
     except ValidationError as error:
         raise ValueError(describe(error, sources.values)) from error
+    build_quantization(recipe.model.quantization)
     build_adapter_config(recipe)
     build_training_arguments(recipe)
     return recipe, sources
@@ -88,6 +90,8 @@ def _anchor_paths(sources: Sources) -> None:
     model, data = sources.values.get("model"), sources.values.get("data")
     if isinstance(model, dict) and str(model.get("path")).startswith((".", "~", "/")):
         anchor(model, "path", "model.path")
+    if isinstance(model, dict) and "offload_folder" in model:
+        anchor(model, "offload_folder", "model.offload_folder")
     if isinstance(data, dict) and isinstance(data.get("files"), dict):
         for name in data["files"]:
             anchor(data["files"], name, f"data.files.{name}")

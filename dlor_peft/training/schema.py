@@ -10,7 +10,10 @@ from pydantic_core import PydanticCustomError
 from .sources import suggest
 
 Split = Literal["train", "dev", "test"]
-Role = Literal["text", "label", "prompt", "completion", "messages"]
+Role = Literal[
+    "text", "label", "prompt", "completion", "messages", "chosen", "rejected", "input", "output",
+    "text1", "text2", "score", "anchor", "positive", "negative",
+]  # fmt: skip
 
 
 MAX_CONDITION = 1e8
@@ -49,6 +52,30 @@ class ModelSection(Section):
     config: dict[str, Any] = {}
     """Values of the model's own config to change, for example hidden_dropout_prob: 0.0."""
 
+    weights: Literal["pretrained", "identity"] = "pretrained"
+    """"identity" builds the architecture of the config without a checkpoint: every linear layer that is not saved in
+    full is the frozen identity, so that the adapter's matrices are all there is: diag(1 + delta) + U V^T in mode
+    "scaled". What is drawn at random (embeddings, output layer) must be in adapter.modules_to_save."""
+
+    quantization: dict[str, Any] = {}
+    """Fields of transformers.BitsAndBytesConfig, for example load_in_4bit: true. Needs bitsandbytes."""
+
+    device_map: str | dict[str, int | str] | None = None
+    """Where the frozen weights lie, as in transformers: "auto", or a mapping from module names to devices."""
+
+    offload_folder: str | None = None
+    """Folder for weights that device_map leaves on disk and that are not read from the checkpoint itself."""
+
+    @model_validator(mode="after")
+    def _check_placement(self) -> ModelSection:
+        if self.weights == "identity":
+            for name in ("quantization", "device_map"):
+                if getattr(self, name):
+                    raise ValueError(f"weights: identity takes no {name}: drop one of them")
+        if self.offload_folder is not None and self.device_map is None:
+            raise ValueError("offload_folder belongs to device_map: set that too, or drop it")
+        return self
+
 
 class ClassificationSection(Section):
     type: Literal["text-classification"]
@@ -77,6 +104,38 @@ class SftSection(Section):
     """Tokens generated for each prompt."""
 
 
+class DpoSection(Section):
+    type: Literal["dpo"]
+    """Direct preference optimisation of a causal language model with TRL. The reference is the model without its
+    adapter."""
+
+    prompts: PositiveInt = 4
+    """Number of test rows whose prompts are continued greedily to compare the adapter's states."""
+
+    new_tokens: PositiveInt = 48
+    """Tokens generated for each prompt."""
+
+
+class Seq2SeqSection(Section):
+    type: Literal["seq2seq"]
+    """From a text to a text, with an encoder and a decoder."""
+
+    max_input_tokens: PositiveInt = 512
+    """Longer inputs are cut."""
+
+    max_output_tokens: PositiveInt = 128
+    """Longer outputs are cut, and generations stop there."""
+
+    generations: PositiveInt = 32
+    """Number of test rows that are generated greedily: for the exact match, and to compare the adapter's states."""
+
+
+class EmbeddingSection(Section):
+    type: Literal["embedding"]
+    """An embedding model with sentence-transformers: CosineSimilarityLoss for pairs with a score,
+    MultipleNegativesRankingLoss for anchors with a positive and perhaps a negative."""
+
+
 class DataSection(Section):
     dataset: str | None = None
     """Hub id of a data set. Give this or files."""
@@ -91,8 +150,10 @@ class DataSection(Section):
     """Local .jsonl, .json or .csv files. dev may be missing."""
 
     columns: dict[Role, str] = {}
-    """Names of the columns: text and label for classification; text, prompt and completion, or messages for sft.
-    Default: each is named like its role, and sft reads text."""
+    """Names of the columns. text-classification: text and label. sft: text; prompt and completion; or messages. dpo:
+    prompt, chosen and rejected, or chosen and rejected that share their beginning. seq2seq: input and output.
+    embedding: text1, text2 and score; anchor and positive; or anchor, positive and negative. Default: the first of
+    these, each named like its role."""
 
     max_rows: PositiveInt | None = None
     """Rows of each split to draw, for a quick look."""
@@ -130,11 +191,16 @@ class WatchSection(Section):
 
 class Recipe(Section):
     model: ModelSection
-    task: Annotated[ClassificationSection | SftSection, Field(discriminator="type")]
+    task: Annotated[
+        ClassificationSection | SftSection | DpoSection | Seq2SeqSection | EmbeddingSection,
+        Field(discriminator="type"),
+    ]
     data: DataSection
     adapter: AdapterSection
     training: dict[str, Any] = {}
-    """Fields of transformers.TrainingArguments, or of trl.SFTConfig for sft; `configs.py` checks them."""
+    """Fields of the arguments of the task's trainer: transformers.TrainingArguments, for seq2seq
+    Seq2SeqTrainingArguments; trl.SFTConfig for sft, trl.DPOConfig for dpo; for embedding
+    SentenceTransformerTrainingArguments. `configs.py` checks them."""
 
     watch: WatchSection = WatchSection()
     """What is logged of the adapter's layers, and when a run has diverged."""

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from .packaged import packaged_recipes
+
 RECIPE_FILE = "recipe"
 COMMAND_LINE = "command line"
 DEFAULT = "default"
@@ -50,14 +52,6 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise ValueError(f"{where}{line}: not valid YAML: {problem}.") from error
-
-
-def packaged_recipes() -> dict[str, Path]:
-    """The recipes that come with dlor-peft, by name: beside the package in a checkout, inside it in a wheel."""
-    package = Path(__file__).parents[1]
-    inside = package / "recipes"
-    folder = inside if inside.is_dir() else package.parent / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def find_recipe(name: str) -> Path:

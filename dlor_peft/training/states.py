@@ -22,11 +22,15 @@ def check_states(task: Task[Outputs], trained: Outputs, adapter: Path, device: t
     `adapter` is reloaded into a fresh base model, and that one is merged. Methods that learn a prompt have no merged
     state and are not asked for one.
     """
-    model = load_trained(adapter)[0].to(device)
+    model = load_trained(adapter)[0]
+    if task.recipe.model.device_map is None and not task.recipe.model.quantization:
+        model.to(device)
     facts = {"reloaded": _compare(task, trained, model, "reloaded", adapter)}
     config = model.peft_config["default"]
     if config.is_prompt_learning:
         print(f"merged: {type(config).__name__} has no merged state")
+    elif task.recipe.model.quantization:
+        print("merged: a quantised base would be quantised anew; dlor merge merges into the original")
     else:
         facts["merged"] = _compare(task, trained, model.merge_and_unload(), "merged", adapter)
     return facts
@@ -38,6 +42,9 @@ def _compare(task: Task[Outputs], trained: Outputs, model: Any, state: str, adap
     # half the digits of the weights: far above what merging rounds away, far below what a wrong tensor does
     allowed = torch.finfo(model.dtype).eps ** 0.5 * (comparison.max_abs_logit or 0.0)
     finding = comparison.first_difference
+    if comparison.largest_lead is not None and comparison.largest_lead <= allowed:
+        print(f"{state}: {comparison.num_different} of {num_outputs} outputs differ by a choice that rounding turns")
+        finding = ""
     if not finding and largest is not None and not largest <= allowed:
         finding = f"a logit differs by {largest:.1e}, where rounding explains {allowed:.1e}"
     if finding:
@@ -47,5 +54,5 @@ def _compare(task: Task[Outputs], trained: Outputs, model: Any, state: str, adap
             f"reason: try model.dtype=float32."
         )
     note = "" if largest is None else f", largest logit difference {largest:.1e}"
-    print(f"{state}: {num_outputs} of {num_outputs} outputs as trained{note}")
+    print(f"{state}: {num_outputs - comparison.num_different} of {num_outputs} outputs as trained{note}")
     return {name: value for name, value in dataclasses.asdict(comparison).items() if name != "first_difference"}

@@ -7,8 +7,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from dlor_peft import DLoRConfig
 from dlor_peft.training.configs import build_adapter_config, build_training_arguments
+from dlor_peft.training.packaged import packaged_recipes
 from dlor_peft.training.recipe import explain, load_recipe, to_yaml
-from dlor_peft.training.sources import packaged_recipes
 
 
 @pytest.mark.parametrize(

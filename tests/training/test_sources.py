@@ -86,5 +86,5 @@ def test_a_recipe_must_be_a_mapping(tmp_path):
 def test_recipes_are_found_by_name_and_by_path(recipe):
     assert find_recipe(str(recipe)) == recipe
     assert find_recipe("quickstart").name == "quickstart.yaml"
-    with pytest.raises(FileNotFoundError, match=r"Did you mean 'quickstart'\? Packaged recipes: quickstart, smol"):
+    with pytest.raises(FileNotFoundError, match=r"Did you mean 'quickstart'\? Packaged recipes: from-scratch, llama"):
         find_recipe("quikstart")

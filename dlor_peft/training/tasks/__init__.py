@@ -10,6 +10,9 @@ from .base import Task
 _HOME = {
     "text-classification": "classification.ClassificationTask",
     "sft": "sft.SftTask",
+    "dpo": "dpo.DpoTask",
+    "seq2seq": "seq2seq.Seq2SeqTask",
+    "embedding": "embedding.EmbeddingTask",
 }
 
 

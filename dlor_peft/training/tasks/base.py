@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 
 Outputs = TypeVar("Outputs")
 
+USAGE = """\
+from dlor_peft.training.load import load_trained
+
+model, tokenizer = load_trained("path/of/this/adapter")
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
@@ -31,16 +37,20 @@ class Comparison:
     """What differs first, in words; empty where no output does."""
 
     max_abs_difference: float | None = None
-    """Largest difference of two logits, where the task has them."""
+    """Largest difference of two logits (or components of an embedding), where the task compares them."""
 
     max_abs_logit: float | None = None
-    """The largest of the trained adapter's logits."""
+    """The largest of the trained adapter's."""
+
+    largest_lead: float | None = None
+    """By how much the logit of what the trained adapter chose leads that of what the other state chose: the largest
+    lead among the outputs that differ. Rounding explains a small one."""
 
 
 class Task(ABC, Generic[Outputs]):
     """Constructed from a recipe, it has loaded and checked the data; it loads models on demand."""
 
-    headline: ClassVar[str]
+    headline: str
     """Name of the metric that is plotted."""
 
     peft_task_type: ClassVar[str]
@@ -91,6 +101,11 @@ class Task(ABC, Generic[Outputs]):
         """The base model of the recipe on the meta device, which needs its config and no weights."""
         with without_weights():
             return self.load_model()
+
+    @classmethod
+    def usage(cls, model: ModelSection) -> str:
+        """Python lines that load the saved adapter, for its card."""
+        return USAGE
 
     @abstractmethod
     def build_trainer(self, model: PeftModel, arguments: TrainingArguments) -> Trainer: ...

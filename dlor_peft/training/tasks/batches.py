@@ -1,4 +1,4 @@
-"""A function of the model over all rows of a split, in batches of similar length, without gradients."""
+"""A function of the model over all rows of a split, in batches of similar length, in the precision of its weights."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 BATCH_SIZE = 64
+
+
+def without_autocast(model: Any) -> Any:
+    """The model itself; a trainer that trained it in mixed precision left its `forward` under autocast."""
+    return extract_model_from_parallel(model, keep_fp32_wrapper=False)
 
 
 def run_batches(

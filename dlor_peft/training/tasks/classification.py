@@ -13,7 +13,7 @@ from ..data import draw_rows, load_splits
 from ..models import load_classifier, load_tokenizer
 from ..schema import ClassificationSection, ModelSection, Recipe
 from .base import Comparison, Task
-from .batches import run_batches
+from .batches import run_batches, without_autocast
 from .probe import linear_probe, probe_head
 from .showing import show_row
 
@@ -86,7 +86,7 @@ class ClassificationTask(Task[torch.Tensor]):
         return f"{text}\nlabel: {self.labels[batch['labels'].item()]}"
 
     def run(self, model: Any) -> torch.Tensor:
-        model.eval()
+        model = without_autocast(model).eval()
         return run_batches(lambda **batch: model(**batch).logits, self.test, self.tokenizer, model.device)
 
     def measure(self, trainer: Trainer, outputs: torch.Tensor) -> dict[str, float]:
@@ -103,8 +103,15 @@ class ClassificationTask(Task[torch.Tensor]):
         if different:
             row = different[0]
             first = f"test row {row} was {self.labels[before[row]]!r} and is {self.labels[after[row]]!r}"
-        difference = (trained - other).abs().max().item()
-        return Comparison(len(trained), len(different), first, difference, trained.abs().max().item())
+        leads = (trained.gather(1, before[:, None]) - trained.gather(1, after[:, None])).max().item()
+        return Comparison(
+            len(trained),
+            len(different),
+            first,
+            max_abs_difference=(trained - other).abs().max().item(),
+            max_abs_logit=trained.abs().max().item(),
+            largest_lead=leads if different else None,
+        )
 
     def _encode(self, split: Dataset, name: str) -> Dataset:
         index_of = {label: index for index, label in enumerate(self.labels)}

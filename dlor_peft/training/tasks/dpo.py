@@ -1,0 +1,57 @@
+"""Direct preference optimisation with TRL: the test loss, and how often the chosen answer has the higher reward."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .causal import CausalTask
+from .generation import Generation
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
+
+ACCURACY = "rewards/accuracies"
+
+
+class DpoTask(CausalTask):
+    """Rewards are beta times how much likelier an answer has become than under the model without its adapter."""
+
+    headline = ACCURACY
+    columns = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
+
+    @classmethod
+    def arguments_class(cls) -> type[TrainingArguments]:
+        from trl import DPOConfig  # pyright: ignore[reportPrivateImportUsage]
+
+        return DPOConfig
+
+    def build_trainer(self, model: Any, arguments: TrainingArguments) -> Trainer:
+        from peft import PeftModel
+        from trl import DPOTrainer  # pyright: ignore[reportPrivateImportUsage]
+
+        adapted = isinstance(model, PeftModel)
+        trainer = DPOTrainer(
+            model=model,
+            # of a merged adapter the reference is a model of its own
+            ref_model=None if adapted else self.load_model(),
+            args=arguments,  # pyright: ignore[reportArgumentType]
+            train_dataset=self.rows["train"],
+            eval_dataset=self.rows.get("dev"),
+            processing_class=self.tokenizer,
+        )
+        if adapted and "ref" in model.peft_config:
+            # TRL copies an adapter that may have been trained; without the copy it switches the adapter off instead,
+            # as it does for one that it makes itself
+            model.delete_adapter("ref")
+        return trainer
+
+    def measure(self, trainer: Trainer, outputs: list[Generation]) -> dict[str, float]:
+        test: Any = self.rows["test"]
+        metrics = trainer.evaluate(test, metric_key_prefix="test")
+        return {"loss": metrics["test_loss"], ACCURACY: metrics[f"eval_{ACCURACY}"]}
+
+    def prompt(self, row: dict[str, Any]) -> str | list[dict[str, Any]]:
+        from trl.data_utils import maybe_extract_prompt
+
+        prompt: Any = maybe_extract_prompt(row)["prompt"]
+        return prompt

@@ -1,0 +1,133 @@
+"""Text embeddings with sentence-transformers: its losses, and its evaluators on the test split."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..data import draw_rows, load_splits
+from ..models import load_sentence_transformer, load_tokenizer, resolve_path
+from ..schema import EmbeddingSection, ModelSection, Recipe
+from .base import Comparison, Task
+from .batches import without_autocast
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.evaluation import BaseEvaluator
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+USAGE = """\
+import dlor_peft  # makes DLOR known to PEFT
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{base}")
+model.load_adapter("path/of/this/adapter")
+"""
+
+HEADLINES = {
+    ("text1", "text2", "score"): "spearman_cosine",
+    # the share of anchors whose own positive is the nearest of all positives of the split
+    ("anchor", "positive"): "src2trg_accuracy",
+    # the share of anchors that are nearer to their positive than to their negative
+    ("anchor", "positive", "negative"): "cosine_accuracy",
+}
+
+
+class EmbeddingTask(Task[torch.Tensor]):
+    """The adapter is on the transformer inside the SentenceTransformer. Outputs are embeddings of all test texts."""
+
+    peft_task_type = "FEATURE_EXTRACTION"
+    columns = tuple(HEADLINES)
+
+    def __init__(self, recipe: Recipe) -> None:
+        assert isinstance(recipe.task, EmbeddingSection)
+        self.recipe = recipe
+        self.rows = draw_rows(load_splits(recipe, self.columns), recipe)
+        self.roles = tuple(self.rows["train"].column_names)
+        self.headline = HEADLINES[self.roles]
+        self.tokenizer = load_tokenizer(recipe.model)
+        self._pipeline: SentenceTransformer | None = None
+
+    @classmethod
+    def arguments_class(cls) -> type[TrainingArguments]:
+        from sentence_transformers import SentenceTransformerTrainingArguments
+
+        return SentenceTransformerTrainingArguments
+
+    @classmethod
+    def load_base(
+        cls,
+        model: ModelSection,
+        tokenizer: PreTrainedTokenizerBase,
+        labels: list[str] | None,
+        modules_to_save: Collection[str],
+    ) -> PreTrainedModel:
+        """The transformer alone: what turns its hidden states into an embedding has no weights that are trained."""
+        base: Any = load_sentence_transformer(model).transformers_model
+        return base
+
+    @classmethod
+    def usage(cls, model: ModelSection) -> str:
+        return USAGE.format(base=resolve_path(model))
+
+    def build_trainer(self, model: Any, arguments: TrainingArguments) -> Trainer:
+        from sentence_transformers import SentenceTransformerTrainer
+        from sentence_transformers.sentence_transformer.losses import (
+            CosineSimilarityLoss,
+            MultipleNegativesRankingLoss,
+        )
+
+        loss = CosineSimilarityLoss if "score" in self.roles else MultipleNegativesRankingLoss
+        return SentenceTransformerTrainer(
+            model=self._around(model),
+            args=arguments,  # pyright: ignore[reportArgumentType]
+            train_dataset=self.rows["train"],
+            eval_dataset=self.rows.get("dev"),
+            loss=loss,
+            evaluator=self._evaluator(self.rows["dev"]) if "dev" in self.rows else None,
+        )
+
+    def run(self, model: Any) -> torch.Tensor:
+        model.eval()
+        test = self.rows["test"]
+        texts = [text for role in self.roles if role != "score" for text in test[role]]
+        embeddings = without_autocast(self._around(model)).encode(
+            texts, convert_to_tensor=True, show_progress_bar=False
+        )
+        return embeddings.float().cpu()
+
+    def measure(self, trainer: Any, outputs: torch.Tensor) -> dict[str, float]:
+        test = self.rows["test"]
+        # the trainer asks its evaluator whenever it measures a loss
+        evaluator, trainer.evaluator = trainer.evaluator, self._evaluator(test)
+        try:
+            metrics = trainer.evaluate(test, metric_key_prefix="test")
+        finally:
+            trainer.evaluator = evaluator
+        return {name: metrics[f"test_{name}"] for name in (self.headline, "loss")}
+
+    def compare(self, trained: torch.Tensor, other: torch.Tensor) -> Comparison:
+        difference = (trained - other).abs().max().item()
+        return Comparison(len(trained), 0, "", difference, trained.abs().max().item())
+
+    def _around(self, model: Any) -> SentenceTransformer:
+        """The SentenceTransformer of the recipe with `model` as its transformer."""
+        if self._pipeline is None:
+            self._pipeline = load_sentence_transformer(self.recipe.model)
+        self._pipeline[0].model = model
+        return self._pipeline.to(model.device)
+
+    def _evaluator(self, split: Dataset) -> BaseEvaluator:
+        from sentence_transformers.sentence_transformer import evaluation
+
+        columns = [split[role][:] for role in self.roles]
+        quiet = {"write_csv": False, "show_progress_bar": False}
+        if "score" in self.roles:
+            return evaluation.EmbeddingSimilarityEvaluator(*columns, main_similarity="cosine", **quiet)
+        if len(columns) == 2:
+            return evaluation.TranslationEvaluator(*columns, **quiet)
+        return evaluation.TripletEvaluator(*columns, **quiet)
