@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from .commands import convert, export, extract, inspect, merge, train
+from .commands import convert, eval, export, extract, inspect, merge, train
 
 TRACEBACK = "DLOR_TRACEBACK"
 
@@ -64,7 +64,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         epilog="dlor VERB --help says more. The shortest way to see it work: dlor train",
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for command in (train, inspect, merge, export, convert, extract):
+    for command in (train, eval, inspect, merge, export, convert, extract):
         command.add(verbs)
     if argv and argv[0] in verbs.choices:
         # intermixed: "dlor train my.yaml --explain adapter.r=4" has positionals on both sides of an option

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -23,6 +24,18 @@ def save_base(folder: Path, recipe: Recipe, labels: list[str] | None, training: 
     describe(folder, task_class(recipe.task.type).usage(recipe.model), training)
 
 
+def read_base(folder: str | Path) -> dict[str, Any]:
+    """The task, the model section and the labels that `save_base` wrote.
+
+    Raises:
+        FileNotFoundError: the folder is not the adapter of a `dlor train` run.
+    """
+    file = Path(folder, BASE)
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has no {BASE}: give the folder `adapter` of a dlor train run.")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 def load_trained(folder: str | Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """The adapter in `folder` on a fresh base model, in evaluation mode, and the tokenizer.
 
@@ -32,10 +45,7 @@ def load_trained(folder: str | Path) -> tuple[PeftModel, PreTrainedTokenizerBase
     Raises:
         FileNotFoundError: the folder is not the adapter of a `dlor train` run.
     """
-    file = Path(folder, BASE)
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder} has no {BASE}: give the folder `adapter` of a dlor train run.")
-    description = json.loads(file.read_text(encoding="utf-8"))
+    description = read_base(folder)
     model = ModelSection.model_validate(description["model"])
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     saved = PeftConfig.from_pretrained(str(folder)).modules_to_save  # pyright: ignore[reportAttributeAccessIssue]

@@ -151,11 +151,11 @@ def placement(model: ModelSection) -> dict[str, Any]:
 
 
 def _load(auto_class: Any, model: ModelSection, config: PretrainedConfig, may_miss: set[str]) -> PreTrainedModel:
+    if _without_weights.get():
+        return auto_class.from_config(config, **({} if model.dtype == "auto" else {"dtype": model.dtype}))
     if model.weights == "identity":
         loaded, missing = build_identity(auto_class, config, model.dtype, may_miss)
         lack = "model.weights: identity leaves"
-    elif _without_weights.get():
-        return auto_class.from_config(config, **({} if model.dtype == "auto" else {"dtype": model.dtype}))
     else:
         loaded, info = auto_class.from_pretrained(
             resolve_path(model), config=config, revision=model.revision, output_loading_info=True, **placement(model)
