@@ -10,51 +10,39 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from .commands import convert, eval, export, extract, inspect, merge, train
-
-TRACEBACK = "DLOR_TRACEBACK"
+from .commands.reporting import one_line, report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code of one `dlor` command: 0, 2 for an error in what was given, 130 when interrupted."""
     arguments = _parse(sys.argv[1:] if argv is None else list(argv))
-    with _warnings_in_one_line():
+    with _warnings_inone_line():
         return _run(arguments)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     try:
         return arguments.verb(arguments)
-    except KeyboardInterrupt:
-        print("dlor: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         # the reader has gone, as `| head` does; nothing may be flushed into the pipe at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, ImportError, OSError) as error:
-        if os.environ.get(TRACEBACK) == "1":
-            raise
-        print(f"dlor: error: {_one_line(str(error))}", file=sys.stderr)
-        return 2
+    except (KeyboardInterrupt, ValueError, ImportError, OSError) as error:
+        return report(error)
 
 
 @contextmanager
-def _warnings_in_one_line() -> Iterator[None]:
+def _warnings_inone_line() -> Iterator[None]:
     """Without the source lines that they come from, and, unless -W is given, without those for programmers."""
     former = warnings.formatwarning
     with warnings.catch_warnings():
         if not sys.warnoptions:
             warnings.simplefilter("ignore", FutureWarning)
-        warnings.formatwarning = lambda message, *_, **__: f"dlor: warning: {_one_line(str(message))}\n"
+        warnings.formatwarning = lambda message, *_, **__: f"dlor: warning: {one_line(str(message))}\n"
         try:
             yield
         finally:
             warnings.formatwarning = former
-
-
-def _one_line(message: str) -> str:
-    """Without line breaks, and without what a terminal would act on: names in damaged files may hold anything."""
-    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(message.split()))
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

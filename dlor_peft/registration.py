@@ -19,6 +19,7 @@ from peft.tuners.mixed import model as mixed_model
 from peft.utils import hotswap as peft_hotswap
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.integrations.peft import PeftAdapterMixin
 
@@ -59,6 +60,7 @@ def register() -> None:
     _enable_mixing(peft_type)
     _enable_cards()
     _enable_loading()
+    _refuse_shards()
 
 
 def _enable_hotswap(peft_type: PeftType) -> None:
@@ -157,6 +159,28 @@ def _enable_loading() -> None:
         _wrap(owner, "from_pretrained", load, classmethod)
     for owner in (PeftModel, PeftAdapterMixin):
         _wrap(owner, "load_adapter", load)
+
+
+def _refuse_shards() -> None:
+    """`save_pretrained` says what to do where FSDP shards the adapter, which safetensors refuses in its own words."""
+
+    def gathered(original: Callable) -> Callable:
+        def save_pretrained(self: PeftModel, *args: Any, **kwargs: Any) -> None:
+            sharded = kwargs.get("state_dict") is None and any(
+                isinstance(parameter, DTensor) for name, parameter in self.named_parameters() if ".dlor_" in name
+            )
+            if sharded:
+                raise ValueError(
+                    "dlor_peft: FSDP shards this adapter, no process has it whole. On all processes call "
+                    "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options=StateDictOptions("
+                    "full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)), then on one of them "
+                    "model.save_pretrained(folder, state_dict=...). `dlor train` does so by itself."
+                )
+            return original(self, *args, **kwargs)
+
+        return save_pretrained
+
+    _wrap(PeftModel, "save_pretrained", gathered)
 
 
 def _has_config(model: Any) -> bool:

@@ -148,7 +148,11 @@ def save_what_was_sharded(folder: Path) -> None:
     shard(model.base_model.model, None)
     train(model, half())
     train(want)
-    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    refused(lambda: model.save_pretrained(folder / "none"), "FSDP shards this adapter, no process has it whole")
+    assert not (folder / "none").exists()
+    # the frozen weights are not gathered
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    whole = get_model_state_dict(model, options=options)
     if dist.get_rank() == 0:
         model.save_pretrained(folder / "adapter", state_dict=whole)
         loaded = PeftModel.from_pretrained(build("llama"), folder / "adapter")
@@ -186,6 +190,24 @@ def half_precision() -> None:
         shard(model.base_model.model, None, units)
         # each is about one percent from float32
         assert distance(logits(model, "llama"), logits(want, "llama")) < 4e-2
+
+
+def frozen_in_half_precision() -> None:
+    """FSDP asks only those parameters of a unit to be of one dtype that are trained."""
+    model, want = adapted("llama", FORM), adapted("llama", FORM)
+    for one in (model, want):
+        for parameter in one.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    shard(model.base_model.model, None)
+    train(model, half())
+    train(want)
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() == 0:
+        state, reference = get_peft_model_state_dict(model, state_dict=whole), get_peft_model_state_dict(want)
+        for key, value in reference.items():
+            assert state[key].dtype == torch.float32
+            assert distance(state[key], value) < 2e-2, key
 
 
 def tensor_parallel(named: str | None) -> None:
@@ -296,6 +318,7 @@ def cases(folder: Path) -> dict[str, Callable[[], None]]:
     found["merged"] = merged_before_it_was_sharded
     found["parameters"] = adapters_of_parameters
     found["bfloat16"] = half_precision
+    found["bfloat16-frozen"] = frozen_in_half_precision
     for name in ("tp", None, "fsdp"):
         found[f"tp-{name}"] = lambda name=name: tensor_parallel(name)
     found["tp-and-fsdp"] = tensor_parallel_and_sharded

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..training.packaged import list_recipes
+from .reporting import report
 
 DEFAULT_RECIPE = "quickstart"
 
@@ -32,7 +33,8 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = verbs.add_parser(
         "train",
         help="train an adapter from a recipe, and check that it reloads and merges",
-        usage="dlor train [RECIPE] [key=value ...] [--explain | --dry-run] [--overwrite]",
+        usage="dlor train [RECIPE] [key=value ...] [--explain | --dry-run] [--overwrite | --resume] "
+        "[--launch NAME [--processes N]]",
         description="Train an adapter, save it, reload it into a fresh model, merge it, and compare the three.",
         epilog=EPILOG + list_recipes(width=117),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -49,7 +51,22 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         action="store_true",
         help="check all of it without weights, print what would be trained on what and its memory, and stop",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the finished run in output_dir")
+    before = parser.add_mutually_exclusive_group()
+    before.add_argument("--overwrite", action="store_true", help="replace the run in output_dir")
+    before.add_argument(
+        "--resume", action="store_true", help="continue the unfinished run in output_dir from its last checkpoint"
+    )
+    parser.add_argument(
+        "--launch",
+        metavar="ddp | fsdp2 | zero3 | FILE",
+        help="train in several processes, by a packaged configuration of Accelerate or a file of your own",
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="with --launch: how many; one a device by default",
+    )
     parser.set_defaults(verb=run)
 
 
@@ -58,23 +75,36 @@ def run(arguments: argparse.Namespace) -> int:
     name = words.pop(0) if words and "=" not in words[0] else DEFAULT_RECIPE
     if stray := [word for word in words if "=" not in word]:
         raise ValueError(f"{stray[0]!r}: one recipe, then overrides such as adapter.r=4. See dlor train --help.")
+    if arguments.processes is not None and (arguments.launch is None or arguments.processes < 1):
+        raise ValueError("--processes: a number from 1 on, with --launch ddp, fsdp2, zero3 or a file.")
 
-    import dlor_peft
-
-    dlor_peft.register()
     try:
+        if arguments.launch is not None and not (arguments.explain or arguments.dry_run):
+            # PEFT and the trainers load in the processes
+            from ..training.launch import launch
+            from ..training.recipe import parse_recipe
+
+            flags = [flag for flag in ("--overwrite", "--resume") if getattr(arguments, flag.removeprefix("--"))]
+            command = ["train", name, *words, *flags]
+            return launch(arguments.launch, arguments.processes, parse_recipe(name, words)[0], command)
+        import dlor_peft
+
+        dlor_peft.register()
+        from ..training import processes
         from ..training.dry_run import dry_run
         from ..training.recipe import explain, load_recipe
         from ..training.run import train
-
-        recipe, sources = load_recipe(name, words)
     except ModuleNotFoundError as error:
         raise ImportError(f"dlor train needs {error.name}: install dlor-peft with its extra 'train'") from error
-    if arguments.explain:
-        print(explain(recipe, sources))
+
+    def run_here() -> int:
+        recipe, sources = load_recipe(name, words)
+        if arguments.explain:
+            print(explain(recipe, sources))
+        elif arguments.dry_run:
+            dry_run(recipe, overwrite=arguments.overwrite, resume=arguments.resume)
+        else:
+            train(recipe, overwrite=arguments.overwrite, resume=arguments.resume)
         return 0
-    if arguments.dry_run:
-        dry_run(recipe, overwrite=arguments.overwrite)
-        return 0
-    train(recipe, overwrite=arguments.overwrite)
-    return 0
+
+    return processes.run_one(run_here, report) if processes.num_processes() > 1 else run_here()

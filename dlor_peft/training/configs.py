@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
+from .processes import deepspeed_on_cpu
 from .schema import Recipe
 from .sources import suggest
 from .tasks import task_class
@@ -42,11 +43,12 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
         if name in recipe.training:
             raise ValueError(f"training.{name}: set the top-level {name} instead, and drop this one.")
     if recipe.training.get("resume_from_checkpoint"):
-        raise ValueError("training.resume_from_checkpoint: dlor train starts every run anew; drop it.")
+        raise ValueError("training.resume_from_checkpoint: drop it, and run dlor train with --resume.")
     values = _check_fields(arguments_class, recipe.training, "training")
     # a loss that is not finite is no loss to hide: `divergence` stops at it
     values.setdefault("logging_nan_inf_filter", False)
     checkpoints = Path(recipe.output_dir, "checkpoints")
+    values |= deepspeed_on_cpu()
     return _construct(arguments_class, {**values, "output_dir": str(checkpoints), "seed": recipe.seed}, "training")
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .rows import check_values, source_of
 from .schema import DataSection, Recipe
 from .sources import suggest
 
@@ -33,6 +35,7 @@ def load_splits(recipe: Recipe, allowed: Sequence[tuple[str, ...]]) -> dict[str,
                 )
         renames = {column: role for role, column in columns.items() if column != role}
         splits[name] = split.select_columns(list(columns.values())).rename_columns(renames)
+        check_values(splits[name], source_of(recipe, name))
     return splits
 
 
@@ -66,6 +69,8 @@ def _load_files(data: DataSection) -> dict[str, Dataset]:
             raise ValueError(f"data.files.{name}: {file} is of no known kind. Known: {', '.join(BUILDERS)}.")
         if not Path(file).is_file():
             raise FileNotFoundError(f"data.files.{name}: no file {file}.")
+        if not os.access(file, os.R_OK):
+            raise PermissionError(f"data.files.{name}: {file} may not be read.")
         splits[name] = _load(f"data.files.{name}: {file}", builder, data_files=file, split="train")
     return splits
 

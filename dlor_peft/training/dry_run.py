@@ -15,6 +15,7 @@ from peft import get_peft_model
 
 from dlor_peft.deploy.tables import format_table
 
+from .checkpoints import find_checkpoint
 from .configs import build_adapter_config, build_training_arguments
 from .folder import RunFolder
 from .hub_access import check_push
@@ -35,14 +36,14 @@ class DryRunError(ValueError):
     """All that a run would stumble over, in one message."""
 
 
-def dry_run(recipe: Recipe, overwrite: bool = False) -> None:
+def dry_run(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> None:
     """Print what the run would train, on what, and with how much memory; it trains nothing and writes nothing.
 
     Raises:
         DryRunError: every problem that was found.
     """
     run = _DryRun(recipe)
-    run.look_at_folder(overwrite)
+    run.look_at_folder(overwrite, resume)
     run.look_at_hub()
     run.build()
     if run.problems:
@@ -64,10 +65,10 @@ class _DryRun:
         except (ValueError, ImportError, OSError) as error:
             self.problems.append(str(error))
 
-    def look_at_folder(self, overwrite: bool) -> None:
+    def look_at_folder(self, overwrite: bool, resume: bool) -> None:
         folder = RunFolder(self.recipe.output_dir)
         with self._noted():
-            folder.check(overwrite)
+            folder.check(overwrite, resume)
             finished = None if overwrite else folder.finished_results(self.recipe)
             there = next(path for path in (folder.path.absolute(), *folder.path.absolute().parents) if path.exists())
             if not os.access(there, os.W_OK | os.X_OK):
@@ -75,6 +76,10 @@ class _DryRun:
             state = "a finished run of this recipe, which would be shown and not repeated" if finished else "new"
             if not finished and folder.recipe.exists():
                 state = "an earlier run, which would be replaced"
+            if not finished and resume:
+                state = (
+                    f"an unfinished run, which would go on from step {find_checkpoint(folder, self.recipe)[0].step}"
+                )
             print(f"output_dir: {folder.path}: {state}")
 
     def look_at_hub(self) -> None:

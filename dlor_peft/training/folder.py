@@ -6,14 +6,16 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from .recipe import to_yaml
 from .schema import Recipe
 
-MARK = "# resolved by dlor train"
+HEADER = "# resolved by dlor train"
+CHECKPOINT_MARK = "dlor_checkpoint.json"
+"""The file that a checkpoint gets last."""
 
 
 class RunFolder:
@@ -30,19 +32,20 @@ class RunFolder:
         self.recipe = self.path / "recipe.yaml"
         self.metrics = self.path / "metrics.json"
 
-    def check(self, overwrite: bool) -> None:
-        """Nothing that a run would replace belongs to somebody else, nor, without `overwrite`, to an unfinished run.
+    def check(self, overwrite: bool, resume: bool = False) -> None:
+        """Nothing that a run would replace belongs to somebody else, nor, unless asked, to an unfinished run.
 
         Raises:
             ValueError: output_dir is a file, or holds such a thing.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"output_dir: {self.path} is a file. Give a folder: output_dir=OTHER.")
-        if self.recipe.is_file() and self.recipe.read_text(encoding="utf-8").startswith(MARK):
-            if not overwrite and not self.metrics.is_file() and any(self.checkpoints.glob("checkpoint-*")):
+        if self.recipe.is_file() and self.recipe.read_text(encoding="utf-8").startswith(HEADER):
+            asked = overwrite or resume
+            if not asked and not self.metrics.is_file() and any(self.checkpoints.glob("checkpoint-*")):
                 raise ValueError(
-                    f"output_dir: {self.checkpoints} holds the checkpoints of an unfinished run. Choose another "
-                    "folder (output_dir=OTHER), or run with --overwrite to replace it."
+                    f"output_dir: {self.checkpoints} holds the checkpoints of an unfinished run. Go on with --resume, "
+                    "replace it with --overwrite, or choose another folder (output_dir=OTHER)."
                 )
             return
         files = (self.metrics, self.curves, self.updates, self.layers, self.environment, self.recipe)
@@ -64,14 +67,25 @@ class RunFolder:
             finished = results["recipe"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"output_dir: {self.metrics} is damaged. {remedy}") from error
-        wanted = recipe.model_dump(mode="json")
-        changed = sorted(name for name in wanted if name != "output_dir" and finished.get(name) != wanted[name])
+        changed = [key for key in changed_keys(recipe.model_dump(mode="json"), finished) if key != "output_dir"]
         if changed:
             raise ValueError(
                 f"output_dir: {self.path} holds the finished run of another recipe (different: {', '.join(changed)}). "
                 f"{remedy}"
             )
         return results
+
+    @contextmanager
+    def spared(self) -> Iterator[None]:
+        """Where the block fails, the empty folders go that a trainer makes for what it will not write."""
+        try:
+            yield
+        except BaseException:
+            for path in (self.checkpoints, self.path):
+                # fails where there is something in it
+                with suppress(OSError):
+                    path.rmdir()
+            raise
 
     def create(self, recipe: Recipe) -> None:
         """Remove what an earlier run wrote, and nothing else; write the resolved recipe."""
@@ -82,11 +96,27 @@ class RunFolder:
             shutil.rmtree(folder, ignore_errors=True)
         self.path.mkdir(parents=True, exist_ok=True)
         with atomic(self.recipe) as partial:
-            partial.write_text(f"{MARK}\n{to_yaml(recipe)}", encoding="utf-8")
+            partial.write_text(f"{HEADER}\n{to_yaml(recipe)}", encoding="utf-8")
 
     def write_metrics(self, results: dict[str, Any]) -> None:
         with atomic(self.metrics) as partial:
             partial.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def changed_keys(one: Any, other: Any, prefix: str = "") -> list[str]:
+    """Dotted keys of two nested mappings that differ."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return [] if one == other else [prefix.removesuffix(".")]
+    names = sorted({*one, *other})
+    return [
+        key
+        for name in names
+        for key in (
+            changed_keys(one[name], other[name], f"{prefix}{name}.")
+            if name in one and name in other
+            else [f"{prefix}{name}"]
+        )
+    ]
 
 
 @contextmanager

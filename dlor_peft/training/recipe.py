@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from peft import PeftConfig
 from pydantic import ValidationError
 
 from .configs import build_adapter_config, build_training_arguments, describe
@@ -26,6 +25,15 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> tuple[Recipe, Sourc
         FileNotFoundError: there is no such recipe.
         ValueError: a key or value that is not allowed; the message begins with its dotted key.
     """
+    recipe, sources = parse_recipe(name, overrides)
+    build_quantization(recipe.model.quantization)
+    build_adapter_config(recipe)
+    build_training_arguments(recipe)
+    return recipe, sources
+
+
+def parse_recipe(name: str, overrides: Iterable[str] = ()) -> tuple[Recipe, Sources]:
+    """`load_recipe` without the checks that other libraries make, which may touch a device."""
     sources = Sources(find_recipe(name), overrides)
     _anchor_paths(sources)
     try:
@@ -34,9 +42,6 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> tuple[Recipe, Sourc
         raise ValueError(f"{sources.path}: a value is neither text, number, list nor mapping: {error}") from error
     except ValidationError as error:
         raise ValueError(describe(error, sources.values)) from error
-    build_quantization(recipe.model.quantization)
-    build_adapter_config(recipe)
-    build_training_arguments(recipe)
     return recipe, sources
 
 
@@ -47,6 +52,8 @@ def to_yaml(recipe: Recipe) -> str:
 
 def explain(recipe: Recipe, sources: Sources) -> str:
     """The resolved recipe as YAML, each value with its origin; the adapter's defaults are those of its PEFT config."""
+    from peft import PeftConfig
+
     config = build_adapter_config(recipe)
     values = recipe.model_dump(mode="json")
     bookkeeping = {field.name for field in dataclasses.fields(PeftConfig)} - {"task_type"}

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from matplotlib.figure import Figure
 
 from dlor_peft.deploy.tables import format_table
@@ -37,16 +38,21 @@ def trainable_parameters(model: PeftModel) -> dict[str, Any]:
         module = module_of(name, prefix)
         kind = kinds.setdefault(re.sub(r"\.\d+(?=\.)", ".*", module), {"modules": 0, "parameters": 0})
         kind["modules"] += module not in seen
-        kind["parameters"] += parameter.numel()
+        kind["parameters"] += _size(parameter)
         seen.add(module)
     trainable = sum(kind["parameters"] for kind in kinds.values())
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(map(_size, model.parameters()))
     return {"trainable": trainable, "total": total, "kinds": kinds}
 
 
 def module_of(parameter: str, prefix: str) -> str:
     """The module, by its name in the base model, that a trained parameter is of; the method's start with `prefix`."""
     return re.split(rf"\.(?:{re.escape(prefix)}|modules_to_save\.)", parameter.removeprefix("base_model.model."))[0]
+
+
+def _size(parameter: torch.nn.Parameter) -> int:
+    # DeepSpeed ZeRO-3 leaves an empty tensor
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def parameter_table(parameters: dict[str, Any]) -> str:
@@ -67,10 +73,11 @@ def result_table(results: dict[str, Any]) -> str:
         cells = (column.get(metric) for column in columns.values())
         rows.append([metric, *("-" if value is None else f"{value:.4f}" for value in cells)])
     states = " and ".join(results["states"])
+    compared = f"the outputs of the {states} adapter are those of the trained one"
     seconds = results["seconds"]
     return (
         f"{format_table(rows)}\n"
-        f"the outputs of the {states} adapter are those of the trained one\n"
+        f"{compared if states else 'the saved adapter was not compared with the trained one (verify: false)'}\n"
         f"{seconds['total']:.0f} s in total, {seconds['training']:.0f} s of training ({results['steps']} steps)"
     )
 

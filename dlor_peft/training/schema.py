@@ -208,6 +208,10 @@ class Recipe(Section):
     output_dir: str
     """Folder for everything that the run writes, relative to the current folder."""
 
+    verify: bool = True
+    """Reload and merge the saved adapter on one device and compare its outputs with the trained one's. Set it to false
+    where the model does not fit there."""
+
     seed: NonNegativeInt = 0
     """Seed of the weights, the batches and the rows that max_rows draws."""
 

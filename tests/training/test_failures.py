@@ -60,8 +60,8 @@ def test_an_empty_or_broken_file_is_named(write_recipe, tmp_path, capsys, text, 
     assert any(part in error for part in message.split("|"))
 
 
-def test_resuming_is_refused_not_ignored(write_recipe, capsys):
-    assert "starts every run anew" in error_of(capsys, write_recipe(), "training.resume_from_checkpoint=/x")
+def test_resuming_has_its_own_option(write_recipe, capsys):
+    assert "run dlor train with --resume" in error_of(capsys, write_recipe(), "training.resume_from_checkpoint=/x")
 
 
 def test_no_is_a_word(write_recipe, tmp_path):

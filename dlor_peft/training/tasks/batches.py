@@ -27,7 +27,7 @@ def run_batches(
     collate = DataCollatorWithPadding(tokenizer)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
     outputs = []
-    with torch.inference_mode():
+    with torch.no_grad():
         for start in range(0, len(order), BATCH_SIZE):
             batch = collate([rows[index] for index in order[start : start + BATCH_SIZE]])
             outputs.append(function(**{name: tensor.to(device) for name, tensor in batch.items()}).float().cpu())

@@ -11,6 +11,7 @@ from transformers import DataCollatorWithPadding, EvalPrediction, Trainer, Train
 
 from ..data import draw_rows, load_splits
 from ..models import load_classifier, load_tokenizer
+from ..rows import source_of
 from ..schema import ClassificationSection, ModelSection, Recipe
 from .base import Comparison, Task
 from .batches import run_batches, without_autocast
@@ -117,7 +118,11 @@ class ClassificationTask(Task[torch.Tensor]):
         index_of = {label: index for index, label in enumerate(self.labels)}
         names = _as_names(split)
         if unknown := sorted(set(names) - set(index_of)):
-            raise ValueError(f"data: labels of the {name} split that the train split lacks: {', '.join(unknown[:5])}.")
+            row = next(row for row, label in enumerate(names, 1) if label not in index_of)
+            raise ValueError(
+                f"{source_of(self.recipe, name)}: labels that the train split lacks: {', '.join(unknown[:5])}; the "
+                f"first in row {row} of those drawn."
+            )
         tokenize = lambda batch: self.tokenizer(batch["text"], truncation=True)  # noqa: E731
         encoded = split.map(tokenize, batched=True, remove_columns=["text", "label"])
         return encoded.add_column("labels", [index_of[label] for label in names])

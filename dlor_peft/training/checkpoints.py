@@ -1,0 +1,235 @@
+"""A checkpoint is complete when its adapter has been verified and its mark, written last, says so."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from transformers import TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from .folder import CHECKPOINT_MARK, RunFolder, atomic, changed_keys
+from .processes import is_main, num_processes, wait_for_all
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+    from .schema import Recipe
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A complete one."""
+
+    path: Path
+    step: int
+    num_keys: int
+    devices: dict[str, Any]
+    """How many processes wrote it, and how the model was spread over them."""
+
+    recipe: dict[str, Any]
+    start: dict[str, Any]
+    """What was measured before the first step."""
+
+    @classmethod
+    def read(cls, path: Path) -> Checkpoint | None:
+        """None where the mark is missing or damaged."""
+        try:
+            return cls(path, **json.loads((path / CHECKPOINT_MARK).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def write(self) -> None:
+        facts = dataclasses.asdict(self)
+        del facts["path"]
+        with atomic(self.path / CHECKPOINT_MARK) as partial:
+            partial.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def last_complete(folder: RunFolder) -> tuple[Checkpoint | None, list[Path]]:
+    """The last complete checkpoint, and the folders after it that are not complete."""
+    steps = {int(path.name.rpartition("-")[2]): path for path in folder.checkpoints.glob("checkpoint-*[0-9]")}
+    later = []
+    for step in sorted(steps, reverse=True):
+        if checkpoint := Checkpoint.read(steps[step]):
+            return checkpoint, later
+        later.append(steps[step])
+    return None, later
+
+
+def find_checkpoint(folder: RunFolder, recipe: Recipe) -> tuple[Checkpoint, list[Path]]:
+    """`last_complete`, of this recipe.
+
+    Raises:
+        ValueError: there is none, or it is of another recipe.
+    """
+    checkpoint, later = last_complete(folder)
+    if checkpoint is None:
+        raise ValueError(
+            f"--resume: {folder.checkpoints} holds no complete checkpoint. Start anew without --resume"
+            f"{' and with --overwrite' if later else ''}; training.save_strategy says when a run saves."
+        )
+    wanted = recipe.model_dump(mode="json")
+    if changed := [name for name in changed_keys(wanted, checkpoint.recipe) if name != "output_dir"]:
+        raise ValueError(
+            f"--resume: {checkpoint.path} is of another recipe (different: {', '.join(changed)}). Resume with the "
+            "recipe of that run, which recipe.yaml in its folder holds, or choose another folder (output_dir=OTHER)."
+        )
+    return checkpoint, later
+
+
+def checkpoint_to_resume(folder: RunFolder, recipe: Recipe) -> Checkpoint:
+    """The last complete checkpoint; later folders, of saves that were cut off, are removed."""
+    checkpoint, later = find_checkpoint(folder, recipe)
+    for path in later:
+        print(f"{path} is not complete: removed")
+        shutil.rmtree(path)
+    return checkpoint
+
+
+def adapter_shapes(model: PeftModel) -> Shapes:
+    """What a saved adapter must hold: each tensor's key and shape. Of a model that is not sharded by FSDP yet."""
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {key: tuple(getattr(tensor, "ds_shape", tensor.shape)) for key, tensor in state.items()}
+
+
+def verify_adapter(folder: Path, expected: Shapes) -> int:
+    """The number of tensors in a saved adapter.
+
+    Raises:
+        ValueError: one is missing, is empty, or has another shape; the message names it.
+    """
+    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+        found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    missing = [f"{key} is missing" for key in expected if key not in found]
+    wrong = [
+        f"{key} is {found[key]} in place of {shape}"
+        for key, shape in expected.items()
+        if found.get(key, shape) != shape
+    ]
+    if problems := missing + wrong:
+        raise ValueError(
+            f"the adapter saved in {folder} is not complete: {len(problems)} of {len(expected)} tensors are missing "
+            f"or wrong, {problems[0]}. Its shards were not gathered: do not use it."
+        )
+    return len(found)
+
+
+def gather_adapter(trainer: Trainer) -> dict[str, Any] | None:
+    """The trained tensors, whole, on the main process, where they are sharded; None where each process has them.
+
+    All processes must call it.
+    """
+    if trainer.is_deepspeed_enabled:
+        engine: Any = trainer.model_wrapped
+        if engine.zero_optimization_stage() < 3:
+            return None
+        return engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
+    if not trainer.is_fsdp_enabled:
+        return None
+    if not trainer.accelerator.is_fsdp2:
+        return trainer.accelerator.get_state_dict(trainer.model)
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    # the frozen weights stay where they are: whole, they may not fit into any one memory
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    return get_model_state_dict(trainer.model, options=options)  # pyright: ignore[reportArgumentType]
+
+
+def write_adapter(trainer: Trainer, state: dict[str, Any] | None, folder: Path, expected: Shapes) -> int:
+    """The number of tensors in the adapter, which is read back; for the main process, with what it has gathered."""
+    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(str(folder), state_dict=state)
+    return verify_adapter(folder, expected)
+
+
+class CheckpointMarks(TrainerCallback):
+    """Verifies each checkpoint that the Trainer has written, marks it, and only then removes older ones."""
+
+    def __init__(self, trainer: Trainer, folder: RunFolder, recipe: Recipe, expected: Shapes) -> None:
+        self.start: dict[str, Any] = {}
+        self._trainer = trainer
+        self._folder = folder
+        self._recipe = recipe.model_dump(mode="json")
+        self._expected = expected
+        # the Trainer would remove the last complete one before the next is known to be complete
+        self._limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
+        self._save = trainer._save_checkpoint
+        trainer._save_checkpoint = self._save_or_explain
+
+    def _save_or_explain(self, *args: Any, **kwargs: Any) -> None:
+        path = self._folder.checkpoints / f"checkpoint-{self._trainer.state.global_step}"
+        if is_main():
+            (path / CHECKPOINT_MARK).unlink(missing_ok=True)
+        with explained(path, self._folder):
+            try:
+                self._save(*args, **kwargs)
+            except BaseException:
+                if is_main():
+                    shutil.rmtree(path, ignore_errors=True)
+                raise
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        path = self._folder.checkpoints / f"checkpoint-{state.global_step}"
+        with explained(path, self._folder):
+            # each process has written its own part by now
+            wait_for_all()
+            # the Trainer writes none where each process saves its shards
+            state_dict = gather_adapter(self._trainer) if self._trainer.is_fsdp_enabled else None
+            if is_main():
+                if state_dict is None:
+                    num_keys = verify_adapter(path, self._expected)
+                else:
+                    num_keys = write_adapter(self._trainer, state_dict, path, self._expected)
+                Checkpoint(path, state.global_step, num_keys, devices(self._trainer), self._recipe, self.start).write()
+        if is_main():
+            rotate_checkpoints(
+                output_dir=str(self._folder.checkpoints),
+                save_total_limit=self._limit,
+                best_model_checkpoint=state.best_model_checkpoint,
+                use_mtime=False,
+            )
+        wait_for_all()
+
+
+def devices(trainer: Trainer) -> dict[str, Any]:
+    """What a checkpoint's files depend on."""
+    return {"processes": num_processes(), "distributed_type": trainer.accelerator.distributed_type.value}
+
+
+@contextmanager
+def explained(path: Path, folder: RunFolder) -> Iterator[None]:
+    """What fails to be written in the block is said, with what is left and how to go on.
+
+    Raises:
+        OSError: the disk is full, or the like.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except (OSError, SafetensorError, CheckpointException, RuntimeError) as error:
+        # what torch.save raises has no type of its own
+        places = {Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)}
+        if type(error) is RuntimeError and Path(torch.serialization.__file__) not in places:
+            raise
+        checkpoint, _ = last_complete(folder)
+        left = (
+            f"The last complete checkpoint, {checkpoint.path}, is intact: make room, then run the same command with "
+            "--resume."
+            if checkpoint
+            else "There is no earlier checkpoint. Make room, then run the same command with --overwrite."
+        )
+        raise OSError(f"{path} could not be written: {error}. {left}") from error
