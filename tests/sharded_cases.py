@@ -33,7 +33,7 @@ from dlor_peft import create_dlor_optimizer, initialize_from_data
 from dlor_peft.layers.parts import StackedWeight
 from dlor_peft.layers.placement import whole
 from dlor_peft.maths import spectral_norm
-from dlor_peft.sharding import adapters_sharded_by_rows
+from dlor_peft.sharding import adapters_sharded_by_rows, shard_placement
 
 NUM_PROCESSES = 2
 FORM = "scaled-both"
@@ -283,7 +283,13 @@ def limited_and_started(kind: str) -> None:
     for name, layer in layers(model).items():
         assert distance(layer.dlor_V["default"].weight, layers(want)[name].dlor_V["default"].weight) < 1e-3, name
     model.load_state_dict(want.state_dict())
-    trained = shard(model.base_model.model, None) if kind == "fsdp2" else DistributedDataParallel(model)
+    base = model.base_model.model
+    if kind == "ddp":
+        trained = DistributedDataParallel(model)
+    elif kind == "fsdp2":
+        trained = shard(base, None)
+    else:
+        trained = fully_shard(base, shard_placement_fn=shard_placement(NUM_PROCESSES))
     for one, rows in ((trained, half()), (want, slice(None))):
         optimizer = create_dlor_optimizer(one, 2.0, max_ratio=0.01, optimizer_class=torch.optim.SGD)
         for _ in range(3):
@@ -323,7 +329,7 @@ def cases(folder: Path) -> dict[str, Callable[[], None]]:
         found[f"tp-{name}"] = lambda name=name: tensor_parallel(name)
     found["tp-and-fsdp"] = tensor_parallel_and_sharded
     found["tp-transformers"] = lambda: tensor_parallel_by_transformers(folder)
-    for kind in ("ddp", "fsdp2"):
+    for kind in ("ddp", "fsdp2", "fsdp2-rows"):
         found[f"limit-{kind}"] = lambda kind=kind: limited_and_started(kind)
     found["ddp"] = distributed_data_parallel
     for policy in ("whole", "peft"):
