@@ -30,7 +30,7 @@ from .environment import write_environment
 from .folder import RunFolder, atomic
 from .interrupts import StoppedError
 from .load import save_base
-from .processes import decided_by_main, holds_weights, is_main, main_first, shard_on_cpu, wait_for_all
+from .processes import decided_by_main, holds_weights, is_main, main_first, wait_for_all
 from .report import (
     installed_versions,
     parameter_table,
@@ -41,6 +41,7 @@ from .report import (
 )
 from .rows import check_lengths
 from .schema import Recipe
+from .sharding import shard_on_cpu
 from .states import check_states
 from .tasks import Task, task_class
 from .updates import save_updates
@@ -193,7 +194,8 @@ def _build_trainer(task: Task[Any], model: Any, arguments: TrainingArguments) ->
 
 def _train(trainer: Trainer, checkpoint: Checkpoint | None) -> None:
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
+        with adapters_sharded_by_rows():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
     except AllStepsDoneError:
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
             # the end of training that was not reached

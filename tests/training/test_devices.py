@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from importlib.util import find_spec
 
 import pytest
 from peft import PeftModel
@@ -68,9 +69,20 @@ def test_a_killed_process_ends_all_and_ddp_goes_on(single, tmp_path):
     assert_same_training(out, single / "out")
 
 
-def test_ctrl_c_saves_and_fsdp2_goes_on(single, tmp_path):
+@pytest.mark.parametrize(
+    ("launch", "distributed_type"),
+    [
+        ("fsdp2", "FSDP"),
+        pytest.param(
+            "zero3",
+            "DEEPSPEED",
+            marks=pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed"),
+        ),
+    ],
+)
+def test_ctrl_c_saves_and_sharded_training_goes_on(single, tmp_path, launch, distributed_type):
     out = tmp_path / "out"
-    command = [single / "recipe.yaml", HALF, f"output_dir={out}", "--launch", "fsdp2", "--processes", 2]
+    command = [single / "recipe.yaml", HALF, f"output_dir={out}", "--launch", launch, "--processes", 2]
     run = Launched.dlor(tmp_path / "stopped", *command)
     run.wait_for(out / MARK)
     run.process.send_signal(signal.SIGINT)
@@ -81,7 +93,7 @@ def test_ctrl_c_saves_and_fsdp2_goes_on(single, tmp_path):
     marks = [json.loads(path.read_text()) for path in out.glob("checkpoints/*/dlor_checkpoint.json")]
     assert max(mark["step"] for mark in marks) > SAVE_STEPS
     assert {mark["num_keys"] for mark in marks} == {5 * 7 * 3}
-    assert {mark["devices"]["distributed_type"] for mark in marks} == {"FSDP"}
+    assert {mark["devices"]["distributed_type"] for mark in marks} == {distributed_type}
 
     run = Launched.dlor(tmp_path / "resumed", *command, "--resume")
     assert run.end() == 0, run.text
