@@ -15,6 +15,8 @@ from peft import get_peft_model
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from dlor_peft.sharding import adapters_sharded_by_rows
+
 from .callbacks import AllStepsDoneError, AtStart, add_callbacks
 from .checkpoints import (
     Checkpoint,
@@ -30,6 +32,7 @@ from .environment import write_environment
 from .folder import RunFolder, atomic
 from .interrupts import StoppedError
 from .load import save_base
+from .optimiser import start_from_data
 from .processes import decided_by_main, holds_weights, is_main, main_first, wait_for_all
 from .report import (
     installed_versions,
@@ -141,6 +144,8 @@ def _fit(recipe: Recipe, task: Task[Any], folder: RunFolder, checkpoint: Checkpo
 
     def measure_start() -> None:
         if checkpoint is None:
+            if recipe.start_batches is not None:
+                start_from_data(trainer, recipe.start_batches)
             with clock("before"):
                 marks.start = {"before": measure()[1], "baseline": baseline}
         else:

@@ -89,9 +89,6 @@ class ClassificationSection(Section):
     """Start the head from a logistic regression with this C on the frozen encoder's embeddings, as in "linear probing,
     then fine-tuning" (arXiv 2202.10054); without it the head starts at random. Needs model.pooling: mean."""
 
-    head_learning_rate: PositiveFloat | None = None
-    """Learning rate of the classification head; without it the head shares training.learning_rate."""
-
 
 class SftSection(Section):
     type: Literal["sft"]
@@ -189,6 +186,39 @@ class WatchSection(Section):
     diagonal of mode scaled at r = 0. Other layers have none. Needs layers: true; null never stops."""
 
 
+class OptimizerSection(Section):
+    """`dlor_peft.create_dlor_optimizer`: rates by role. The rate itself and the decay are training.learning_rate and
+    training.weight_decay; without this section the optimizer is the trainer's own."""
+
+    name: str | None = None
+    """Class of torch.optim such as NAdam, or the dotted path of any optimizer; without it training.optim says."""
+
+    options: dict[str, Any] = {}
+    """Arguments of the class that name gives, for example betas: [0.9, 0.95]."""
+
+    diag_lr_ratio: PositiveFloat = 1.0
+    """Learning rate of the diagonals over training.learning_rate."""
+
+    u_lr_ratio: PositiveFloat = 1.0
+    """Learning rate of U over training.learning_rate, as in LoRA+ (arXiv 2402.12354)."""
+
+    head_learning_rate: PositiveFloat | None = None
+    """Learning rate of what is trained in full (adapter.modules_to_save): a classifier's head, for example."""
+
+    max_ratio: PositiveFloat | None = None
+    """Keep ||U V^T|| <= max_ratio * min|alpha| by a projection after each step (mode "multiplicative"): see
+    `dlor_peft.limit_ratio` for the condition number that this guarantees."""
+
+    max_spread: PositiveFloat | None = None
+    """Keep max|alpha| <= max_spread * min|alpha| besides."""
+
+    @model_validator(mode="after")
+    def _check_options(self) -> OptimizerSection:
+        if self.options and self.name is None:
+            raise ValueError("options are those of name: give name, or use training.optim_args")
+        return self
+
+
 class Recipe(Section):
     model: ModelSection
     task: Annotated[
@@ -204,6 +234,12 @@ class Recipe(Section):
 
     watch: WatchSection = WatchSection()
     """What is logged of the adapter's layers, and when a run has diverged."""
+
+    optimizer: OptimizerSection | None = None
+
+    start_batches: PositiveInt | None = None
+    """Start V from the leading directions of the layers' inputs over so many training batches
+    (`dlor_peft.initialize_from_data`); without it adapter.init_weights decides."""
 
     output_dir: str
     """Folder for everything that the run writes, relative to the current folder."""

@@ -51,7 +51,8 @@ def write_recipe(tmp_path, encoder):
             write_rows(tmp_path / f"{name}.jsonl", rows)
         recipe = {
             "model": {"path": str(encoder), "pooling": "mean"},
-            "task": {"type": "text-classification", "head_learning_rate": 1e-2},
+            "task": {"type": "text-classification"},
+            "optimizer": {"head_learning_rate": 1e-2},
             "data": {"files": {name: f"{name}.jsonl" for name in ("train", "dev", "test")}},
             "adapter": {"peft_type": "DLOR", "r": 2, "target_modules": "all-linear"},
             "training": {

@@ -124,7 +124,7 @@ def test_a_tampered_adapter_fails_loudly(write_recipe, tmp_path, tensor):
 
 
 def test_the_head_learns_at_its_own_rate(write_recipe):
-    recipe, _ = load_recipe(str(write_recipe()), ["training.learning_rate=1e-3", "task.head_learning_rate=0.5"])
+    recipe, _ = load_recipe(str(write_recipe()), ["training.learning_rate=1e-3", "optimizer.head_learning_rate=0.5"])
     task = ClassificationTask(recipe)
     model = get_peft_model(task.load_model(), build_adapter_config(recipe))
     optimizer = task.build_trainer(model, build_training_arguments(recipe)).create_optimizer()

@@ -18,7 +18,7 @@ from dlor_peft.training.recipe import explain, load_recipe, to_yaml
         (["model.pathh=x"], r"model\.pathh: unknown key\. Did you mean 'path'\?"),
         (["task.basline=x"], r"task\.basline: unknown key\. Did you mean 'baseline'\?"),
         (["task.type=regression"], r"^task\.?\w*: .*'text-classification', 'sft'"),
-        (["task.head_learning_rate=fast"], r"^task\.head_learning_rate: .*valid number.*'fast'"),
+        (["optimizer.head_learning_rate=fast"], r"^optimizer\.head_learning_rate: .*valid number.*'fast'"),
         (["output_dir="], r"^output_dir: required, but not given\."),
         (["seed=-1"], r"^seed: .*greater than or equal to 0, but it is -1\."),
         (["seed='1'"], r"^seed: .*valid integer, but it is '1'\."),

@@ -11,6 +11,7 @@ from transformers import DataCollatorWithPadding, EvalPrediction, Trainer, Train
 
 from ..data import draw_rows, load_splits
 from ..models import load_classifier, load_tokenizer
+from ..optimiser import with_optimizer
 from ..rows import source_of
 from ..schema import ClassificationSection, ModelSection, Recipe
 from .base import Comparison, Task
@@ -72,14 +73,13 @@ class ClassificationTask(Task[torch.Tensor]):
         return linear_probe(embeddings, labels) if self.section.baseline else None
 
     def build_trainer(self, model: PeftModel, arguments: TrainingArguments) -> Trainer:
-        return _HeadRateTrainer(
+        return with_optimizer(Trainer, self.recipe.optimizer)(
             model=model,
             args=arguments,
             train_dataset=self.rows["train"],
             eval_dataset=self.rows.get("dev"),
             data_collator=DataCollatorWithPadding(self.tokenizer),
             compute_metrics=_accuracy,
-            head_learning_rate=self.section.head_learning_rate,
         )
 
     def show_sample(self, batch: dict[str, Any]) -> str:
@@ -126,27 +126,6 @@ class ClassificationTask(Task[torch.Tensor]):
         tokenize = lambda batch: self.tokenizer(batch["text"], truncation=True)  # noqa: E731
         encoded = split.map(tokenize, batched=True, remove_columns=["text", "label"])
         return encoded.add_column("labels", [index_of[label] for label in names])
-
-
-class _HeadRateTrainer(Trainer):
-    """The parameters that PEFT trains in full (modules_to_save) learn at `head_learning_rate`."""
-
-    def __init__(self, *args: Any, head_learning_rate: float | None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.head_learning_rate = head_learning_rate
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if self.head_learning_rate is None:
-            return optimizer
-        assert self.model is not None
-        head = {parameter for name, parameter in self.model.named_parameters() if ".modules_to_save." in name}
-        for group in list(optimizer.param_groups):
-            moved = [parameter for parameter in group["params"] if parameter in head]
-            group["params"] = [parameter for parameter in group["params"] if parameter not in head]
-            if moved:
-                optimizer.add_param_group({**group, "params": moved, "lr": self.head_learning_rate})
-        return optimizer
 
 
 def _accuracy(prediction: EvalPrediction) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..optimiser import with_optimizer
 from .causal import CausalTask
 from .generation import Generation
 
@@ -30,7 +31,7 @@ class DpoTask(CausalTask):
         from trl import DPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
         adapted = isinstance(model, PeftModel)
-        trainer = DPOTrainer(
+        trainer = with_optimizer(DPOTrainer, self.recipe.optimizer)(
             model=model,
             # of a merged adapter the reference is a model of its own
             ref_model=None if adapted else self.load_model(),

@@ -8,6 +8,7 @@ import torch
 
 from ..data import draw_rows, load_splits
 from ..models import load_sentence_transformer, load_tokenizer, resolve_path
+from ..optimiser import with_optimizer
 from ..schema import EmbeddingSection, ModelSection, Recipe
 from .base import Comparison, Task
 from .batches import without_autocast
@@ -82,7 +83,7 @@ class EmbeddingTask(Task[torch.Tensor]):
         )
 
         loss = CosineSimilarityLoss if "score" in self.roles else MultipleNegativesRankingLoss
-        return SentenceTransformerTrainer(
+        return with_optimizer(SentenceTransformerTrainer, self.recipe.optimizer)(
             model=self._around(model),
             args=arguments,  # pyright: ignore[reportArgumentType]
             train_dataset=self.rows["train"],

@@ -8,6 +8,7 @@ from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTraining
 
 from ..data import draw_rows, load_splits
 from ..models import load_seq2seq_model, load_tokenizer
+from ..optimiser import with_optimizer
 from ..schema import ModelSection, Recipe, Seq2SeqSection
 from .base import Comparison, Task
 from .generation import Generation, compare_generations, generate
@@ -50,7 +51,7 @@ class Seq2SeqTask(Task[list[Generation]]):
         return load_seq2seq_model(model, modules_to_save)
 
     def build_trainer(self, model: Any, arguments: TrainingArguments) -> Trainer:
-        return Seq2SeqTrainer(
+        return with_optimizer(Seq2SeqTrainer, self.recipe.optimizer)(
             model=model,
             args=arguments,
             train_dataset=self.rows["train"],

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..optimiser import with_optimizer
 from .causal import CausalTask
 from .generation import Generation
 
@@ -30,7 +31,7 @@ class SftTask(CausalTask):
     def build_trainer(self, model: Any, arguments: TrainingArguments) -> Trainer:
         from trl import SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 
-        return SFTTrainer(
+        return with_optimizer(SFTTrainer, self.recipe.optimizer)(
             model=model,
             args=arguments,
             train_dataset=self.rows["train"],
