@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, get_peft_model
 from transformers import set_seed
 
 from dlor_peft.deploy.tables import format_table
 
 from .configs import build_training_arguments
-from .load import read_base
+from .load import attach, read_base, saved_modules
 from .recipe import load_recipe
 from .report import installed_versions
 from .schema import Recipe
@@ -120,10 +120,9 @@ def _models(task: Task[Any], adapter: Path, results: dict[str, Any]) -> Iterator
     """Each state's model on weights of its own, one at a time: a trainer leaves its traces in a model."""
     section = task.recipe.model
     config = PeftConfig.from_pretrained(str(adapter))
-    saved = getattr(config, "modules_to_save", None) or ()
 
     def load_base() -> Any:
-        return task.load_base(section, task.tokenizer, task.labels, saved)
+        return task.load_base(section, task.tokenizer, task.labels, saved_modules(adapter))
 
     base = load_base()
     results["baseline"] = task.prepare(base)
@@ -135,6 +134,6 @@ def _models(task: Task[Any], adapter: Path, results: dict[str, Any]) -> Iterator
         base = get_peft_model(base, config)
     yield "base", base
     del base
-    yield "adapter", PeftModel.from_pretrained(load_base(), str(adapter)).eval()
+    yield "adapter", attach(load_base(), adapter)
     if not config.is_prompt_learning and not section.quantization:
-        yield "merged", PeftModel.from_pretrained(load_base(), str(adapter)).merge_and_unload()  # pyright: ignore[reportCallIssue]
+        yield "merged", attach(load_base(), adapter).merge_and_unload()  # pyright: ignore[reportCallIssue]

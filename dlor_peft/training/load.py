@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dlor_peft.card import describe
 
@@ -48,6 +48,21 @@ def load_trained(folder: str | Path) -> tuple[PeftModel, PreTrainedTokenizerBase
     description = read_base(folder)
     model = ModelSection.model_validate(description["model"])
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    saved = PeftConfig.from_pretrained(str(folder)).modules_to_save  # pyright: ignore[reportAttributeAccessIssue]
-    base = task_class(description["task"]).load_base(model, tokenizer, description["labels"], saved or ())
-    return PeftModel.from_pretrained(base, str(folder)).eval(), tokenizer
+    base = task_class(description["task"]).load_base(model, tokenizer, description["labels"], saved_modules(folder))
+    return attach(base, folder), tokenizer
+
+
+def saved_modules(folder: str | Path) -> list[str]:
+    """The modules that the adapter trained and saved in full, so that a base needs no weights for them."""
+    return getattr(PeftConfig.from_pretrained(str(folder)), "modules_to_save", None) or []
+
+
+def attach(base: PreTrainedModel, folder: str | Path) -> PeftModel:
+    """The adapter in `folder` on `base`, in evaluation mode."""
+    if not hasattr(base, "hf_device_map"):
+        return PeftModel.from_pretrained(base, str(folder)).eval()
+    # from_pretrained would take the placement apart, and write adapters of layers on disk beside the base's files
+    model = get_peft_model(base, PeftConfig.from_pretrained(str(folder)))
+    assert isinstance(model, PeftModel)
+    set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+    return model.eval()

@@ -157,8 +157,11 @@ def _load(auto_class: Any, model: ModelSection, config: PretrainedConfig, may_mi
         loaded, missing = build_identity(auto_class, config, model.dtype, may_miss)
         lack = "model.weights: identity leaves"
     else:
+        placed = placement(model)
+        if "quantization_config" in placed:
+            _leave_out(placed["quantization_config"], auto_class, config, may_miss)
         loaded, info = auto_class.from_pretrained(
-            resolve_path(model), config=config, revision=model.revision, output_loading_info=True, **placement(model)
+            resolve_path(model), config=config, revision=model.revision, output_loading_info=True, **placed
         )
         missing = info["missing_keys"]
         lack = "model.path: the checkpoint lacks"
@@ -174,6 +177,18 @@ def _load(auto_class: Any, model: ModelSection, config: PretrainedConfig, may_mi
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
     return loaded
+
+
+def _leave_out(quantization: Any, auto_class: Any, config: PretrainedConfig, saved: set[str]) -> None:
+    """Modules that are trained in full are not quantised, nor, unless the recipe lists others, the output layer."""
+    import torch
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    skipped = quantization.llm_int8_skip_modules
+    if skipped is None:
+        with torch.device("meta"):
+            skipped = get_keys_to_not_convert(auto_class.from_config(config))
+    quantization.llm_int8_skip_modules = sorted({*skipped, *saved})
 
 
 def _in_full_precision(model: ModelSection, loaded: PreTrainedModel) -> PreTrainedModel:

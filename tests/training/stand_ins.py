@@ -4,6 +4,7 @@ from pathlib import Path
 
 import trl
 from samples import TOKENIZER
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -81,7 +82,10 @@ def _t5(folder):
         decoder_start_token_id=2,
     )
     T5ForConditionalGeneration(config).save_pretrained(folder)
-    _tokenizer(folder)
+    tokenizer = _tokenizer(folder)
+    # as T5's: the end stands after every text
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    tokenizer.save_pretrained(folder)
 
 
 def _minilm(folder):

@@ -6,7 +6,16 @@ from stand_ins import ROWS, build_model
 
 from dlor_peft.cli import main
 
-QUICK = {"max_steps": 4, "learning_rate": 1e-2, "use_cpu": True, "dataloader_pin_memory": False, "disable_tqdm": True}
+QUICK = {
+    "max_steps": 4,
+    "learning_rate": 1e-2,
+    "use_cpu": True,
+    "bf16": False,
+    "activation_checkpointing": False,
+    "dataloader_pin_memory": False,
+    "disable_tqdm": True,
+    "save_strategy": "no",
+}
 TEXTS = ["First Citizen:\nWe are accounted poor citizens.", "Second Citizen:\nOne word, good citizens."]
 
 
@@ -36,7 +45,7 @@ def language_model(write_recipe, tmp_path):
         model={"path": str(TOKENIZER), "dtype": "float32"},
         task={"type": "sft", "prompts": 2, "new_tokens": 4},
         data={"files": {"train": "rows.jsonl", "test": "rows.jsonl"}},
-        training={**QUICK, "bf16": False, "activation_checkpointing": False},
+        training=QUICK,
     )
     assert main(["train", str(path)]) == 0
     return path
@@ -100,7 +109,7 @@ def test_the_reference_of_a_preference_is_the_base_in_every_state(write_recipe, 
             "files": {"train": "rows.jsonl", "test": "rows.jsonl"},
             "columns": {"chosen": "chosen", "rejected": "rejected"},
         },
-        training={**QUICK, "bf16": False, "activation_checkpointing": False},
+        training=QUICK,
     )
     assert main(["train", str(path)]) == 0
     run = json.loads((tmp_path / "out" / "metrics.json").read_text())
