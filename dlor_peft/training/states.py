@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .load import load_trained
-from .tasks.base import Outputs, Task
+from .tasks.base import Comparison, Outputs, Task
 
 
 class StateMismatchError(Exception):
@@ -37,10 +37,18 @@ def check_states(task: Task[Outputs], trained: Outputs, adapter: Path, device: t
 
 
 def _compare(task: Task[Outputs], trained: Outputs, model: Any, state: str, adapter: Path) -> dict[str, Any]:
-    comparison = task.compare(trained, task.run(model))
+    return compare_state(task.compare(trained, task.run(model)), model.dtype, state, adapter)
+
+
+def compare_state(comparison: Comparison, dtype: torch.dtype, state: str, adapter: Path) -> dict[str, Any]:
+    """The facts of a comparison that rounding in `dtype` explains.
+
+    Raises:
+        StateMismatchError: it does not.
+    """
     num_outputs, largest = comparison.num_outputs, comparison.max_abs_difference
     # half the digits of the weights: far above what merging rounds away, far below what a wrong tensor does
-    allowed = torch.finfo(model.dtype).eps ** 0.5 * (comparison.max_abs_logit or 0.0)
+    allowed = torch.finfo(dtype).eps ** 0.5 * (comparison.max_abs_logit or 0.0)
     finding = comparison.first_difference
     if comparison.largest_lead is not None and comparison.largest_lead <= allowed:
         print(f"{state}: {comparison.num_different} of {num_outputs} outputs differ by a choice that rounding turns")

@@ -53,6 +53,14 @@ def test_sft_reads_one_of_three_shapes(write_recipe):
         splits_of(path, "data.columns={prompt: text, messages: text}")
 
 
+def test_a_set_of_columns_that_is_named_in_full_is_meant(write_recipe):
+    path = write_recipe(task="dpo", model={"path": "unused"})
+    implicit = splits_of(path, "data.columns={chosen: text, rejected: label}")
+    assert implicit["train"].column_names == ["chosen", "rejected"]
+    with pytest.raises(ValueError, match=r"data\.columns\.prompt: the \w+ split has no column 'prompt'"):
+        splits_of(path, "data.columns={chosen: text}")
+
+
 def test_max_rows_draws_rows_with_the_seed(write_recipe):
     recipe, _ = load_recipe(str(write_recipe()), ["data.max_rows=10"])
     splits = load_splits(recipe, [("text", "label")])
