@@ -59,6 +59,8 @@ class HubServer:
         self.repos: dict[str, Repo] = {}
         self.requests: list[str] = []
         """Method and path of each request so far."""
+        self.me: dict[str, Any] = {"role": "write", "orgs": {}}
+        """What every token may do, and its owner's roles in organisations by their names."""
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -146,6 +148,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.repos[repo_id] = Repo()
         return self._send(200, answer)
 
+    def _whoami(self) -> None:
+        if not self.headers.get("Authorization"):
+            return self._send(401, {"error": "Invalid username or password."})
+        orgs = [{"name": name, "roleInOrg": role} for name, role in self.hub.me["orgs"].items()]
+        access = {"accessToken": {"displayName": "test", "role": self.hub.me["role"]}}
+        return self._send(200, {"type": "user", "name": "me", "orgs": orgs, "auth": access})
+
     def _validate_yaml(self) -> None:
         self._send(200, {"errors": [], "warnings": []})
 
@@ -216,6 +225,7 @@ def _git_hash(data: bytes) -> str:
 _REPO = "([^/]+/[^/]+)"
 ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", "/api/repos/create", _Handler._create),
+    ("GET", "/api/whoami-v2", _Handler._whoami),
     ("POST", "/api/validate-yaml", _Handler._validate_yaml),
     ("POST", f"/api/models/{_REPO}/branch/([^/]+)", _Handler._branch),
     ("POST", f"/api/models/{_REPO}/preupload/([^/]+)", _Handler._preupload),

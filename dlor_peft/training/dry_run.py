@@ -100,7 +100,7 @@ class _DryRun:
         if trainer is None:
             return
         with self._noted():
-            loader, rows = _batches(trainer)
+            loader, rows = batches(trainer)
             print(f"\nthe first row as it is trained:\n{task.show_sample(loader.collate_fn([loader.dataset[0]]))}\n")
             print(_estimate(trainer, loader.collate_fn([loader.dataset[row] for row in rows])))
 
@@ -135,7 +135,7 @@ def _leave_no_trace(arguments: TrainingArguments, scratch: Path) -> None:
     arguments.output_dir, arguments.push_to_hub = str(scratch), False
 
 
-def _batches(trainer: Trainer) -> tuple[Any, list[int]]:
+def batches(trainer: Trainer) -> tuple[Any, list[int]]:
     """A loader that has the training rows in order, and the indices of the longest: a batch of them."""
     rows: Any = trainer.train_dataset
     loader: Any = trainer.get_eval_dataloader(rows)
