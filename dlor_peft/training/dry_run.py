@@ -21,12 +21,13 @@ from .folder import RunFolder
 from .hub_access import check_push
 from .matching import unmatched
 from .memory import StepMemory, step_memory
+from .quantization import build_quantization
 from .report import parameter_table, trainable_parameters
 from .schema import Recipe
 from .tasks import Task, task_class
 
 if TYPE_CHECKING:
-    from transformers import Trainer, TrainingArguments
+    from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
 
 DEVICES = (2, 8)
 """The numbers of devices that the estimate is shown for, where all but activations is sharded."""
@@ -102,7 +103,8 @@ class _DryRun:
         with self._noted():
             loader, rows = batches(trainer)
             print(f"\nthe first row as it is trained:\n{task.show_sample(loader.collate_fn([loader.dataset[0]]))}\n")
-            print(_estimate(trainer, loader.collate_fn([loader.dataset[row] for row in rows])))
+            batch = loader.collate_fn([loader.dataset[row] for row in rows])
+            print(_estimate(trainer, batch, build_quantization(self.recipe.model.quantization)))
 
     def _trainer(self, task: Task[Any], scratch: Path) -> Trainer | None:
         base = task.build_empty()
@@ -120,19 +122,20 @@ class _DryRun:
         adapted = [*getattr(tuner, "targeted_module_names", ()), *getattr(tuner, "targeted_parameter_names", ())]
         print(parameter_table(trainable_parameters(model)))
         self.problems += unmatched(given, model.peft_config["default"], modules, adapted)
-        arguments = build_training_arguments(self.recipe)
-        _leave_no_trace(arguments, scratch)
-        # what is spread over devices, the Trainer does not move
-        base.hf_device_map = {"": "meta"}  # pyright: ignore[reportArgumentType]
+        arguments = for_dry_run(build_training_arguments(self.recipe), scratch)
         try:
-            return task.build_trainer(model, arguments)
+            return task.build_empty_trainer(model, arguments)
         except RuntimeError as error:
             raise ValueError(f"training: the trainer refuses these values: {error}") from error
 
 
-def _leave_no_trace(arguments: TrainingArguments, scratch: Path) -> None:
+def for_dry_run(arguments: TrainingArguments, scratch: Path) -> TrainingArguments:
+    """The same arguments for a trainer that leaves no trace and whose model stays on the meta device."""
     # the Trainer makes both when it is constructed
     arguments.output_dir, arguments.push_to_hub = str(scratch), False
+    kind = type(arguments)
+    arguments.__class__ = type(kind.__name__, (kind,), {"place_model_on_device": False})
+    return arguments
 
 
 def batches(trainer: Trainer) -> tuple[Any, list[int]]:
@@ -144,10 +147,10 @@ def batches(trainer: Trainer) -> tuple[Any, list[int]]:
     return loader, order[: trainer.args.per_device_train_batch_size]
 
 
-def _estimate(trainer: Trainer, batch: dict[str, Any]) -> str:
+def _estimate(trainer: Trainer, batch: dict[str, Any], quantization: BitsAndBytesConfig | None) -> str:
     checkpointed = bool(trainer.args.activation_checkpointing)
     try:
-        memory = step_memory(trainer, batch)
+        memory = step_memory(trainer, batch, quantization)
     except Exception as error:
         # whatever a model does with values that are not there: the run is as good as before
         return f"memory: cannot be estimated without weights: {str(error).splitlines()[0]}"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -54,6 +55,8 @@ class CountLive(TorchDispatchMode):
             # no data, no value: any will do for a metric that is logged, and True for "is nothing masked"
             dtype = args[0].dtype
             return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+        if func is torch.ops.aten.index.Tensor:
+            args = (args[0], _without_masks(args[1]))
         made = func(*args, **(kwargs or {}))
         tree_map_only(Tensor, self._see, made)
         return made
@@ -72,11 +75,23 @@ class CountLive(TorchDispatchMode):
         self.now -= size
 
 
-def step_memory(trainer: Trainer, batch: Mapping[str, Any]) -> StepMemory:
+def _without_masks(indices: list[Tensor | None]) -> list[Tensor | None]:
+    """Each mask as the indices of all its elements: the most that it could select."""
+    found: list[Tensor | None] = []
+    for index in indices:
+        if index is not None and index.dtype == torch.bool:
+            found += [index.new_empty(index.numel(), dtype=torch.int64)] * index.ndim
+        else:
+            found.append(index)
+    return found
+
+
+def step_memory(trainer: Trainer, batch: Mapping[str, Any], quantization: Any = None) -> StepMemory:
     """The memory of one step of this trainer, whose model is on the meta device; that has no weights afterwards.
 
     Counted for the CPU: an allocator that rounds up, kernels that work in place, and what a library keeps for itself
-    make the difference on a device. RuntimeError where the model needs values to go on.
+    make the difference on a device; and so does the memory in which quantised weights are unpacked. `quantization`
+    is their BitsAndBytesConfig. RuntimeError where the model needs values to go on.
     """
     model: Any = trainer.model
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -84,20 +99,24 @@ def step_memory(trainer: Trainer, batch: Mapping[str, Any]) -> StepMemory:
     with mode:
         model.to_empty(device="cpu").train()
         fake = {name: mode.from_tensor(value) if isinstance(value, Tensor) else value for name, value in batch.items()}
-        model.activation_checkpointing_disable()
+        inner = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
+        if inner is not None and not inner.supports_gradient_checkpointing:
+            inner = None
+        if inner is not None:
+            inner.activation_checkpointing_disable()
         activations = _peak(trainer, model, fake)
         optimizer = trainer.create_optimizer()
         gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
         optimizer.step()
         states = sum(leaf.nbytes for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, Tensor))
         checkpointed = None
-        if getattr(model, "supports_gradient_checkpointing", False):
-            model.activation_checkpointing_enable(trainer.args.activation_checkpointing_kwargs)
+        if inner is not None:
+            inner.activation_checkpointing_enable(trainer.args.activation_checkpointing_kwargs)
             checkpointed = max(_peak(trainer, model, fake) - gradients, 0)
     parameters = list(model.parameters())
     trained = sum(p.nbytes for p in parameters if p.requires_grad)
     return StepMemory(
-        weights=sum(t.nbytes for t in (*parameters, *model.buffers())) - trained,
+        weights=sum(t.nbytes for t in (*parameters, *model.buffers())) - trained - _saved_by(quantization, model),
         trained=trained,
         gradients=gradients,
         optimizer=states,
@@ -105,6 +124,20 @@ def step_memory(trainer: Trainer, batch: Mapping[str, Any]) -> StepMemory:
         activations_checkpointed=checkpointed,
         shape=max((tuple(v.shape) for v in batch.values() if isinstance(v, Tensor)), key=len),
     )
+
+
+def _saved_by(quantization: Any, model: nn.Module) -> int:
+    """Bytes that the quantised form of the linear layers is smaller by than theirs now; the output layer keeps its."""
+    if quantization is None:
+        return 0
+    # 4 bits and a float32 for 64 of them, or, quantised twice, a byte for 64 and a float32 for 256 of those; 8 bits
+    constants = 1 / 64 + 4 / (64 * 256) if quantization.bnb_4bit_use_double_quant else 4 / 64
+    each = 0.5 + constants if quantization.load_in_4bit else 1.0
+    inner: Any = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
+    # PEFT's own layers are linear ones too, but trained
+    layers = {part for part in inner.modules() if isinstance(part, nn.Linear) and not part.weight.requires_grad}
+    weights = [part.weight for part in layers - {inner.get_output_embeddings()}]
+    return int(sum(weight.nbytes - each * weight.numel() for weight in weights))
 
 
 def _peak(trainer: Trainer, model: nn.Module, batch: Mapping[str, Any]) -> int:

@@ -4,6 +4,7 @@ import datasets
 import pytest
 import yaml
 from samples import TOKENIZER, TOPICS, write_rows
+from stand_ins import build_model
 from transformers import AutoTokenizer, BertConfig, BertModel, set_seed
 
 
@@ -71,3 +72,16 @@ def write_recipe(tmp_path, encoder):
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def stand_in_model(tmp_path_factory):
+    """Hub id -> the folder of the small model that stands in for it."""
+    folder, built = tmp_path_factory.mktemp("models"), {}
+
+    def of(hub_id):
+        if hub_id not in built:
+            built[hub_id] = build_model(hub_id, folder / hub_id.replace("/", "--"))
+        return built[hub_id]
+
+    return of

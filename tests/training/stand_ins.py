@@ -1,9 +1,10 @@
 """What stands in for the Hub in the tests of recipes: models of the same architecture, data of the same columns."""
 
+import json
 from pathlib import Path
 
 import trl
-from samples import TOKENIZER
+from samples import TOKENIZER, write_rows
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoTokenizer,
@@ -161,3 +162,13 @@ ROWS = {
         "score": (index % 5) / 4,
     },
 }
+
+
+def stand_in_data(recipe, folder):
+    """Overrides that replace the data of the Hub by rows of the same columns, written into `folder`."""
+    data = recipe["data"]
+    rows = [ROWS[data["dataset"]](index) for index in range(12)]
+    for split in data["splits"]:
+        write_rows(folder / f"{split}.jsonl", rows)
+    files = {split: str(folder / f"{split}.jsonl") for split in data["splits"]}
+    return ["data.dataset=", "data.splits=", f"data.files={json.dumps(files)}"]

@@ -9,16 +9,18 @@ import sys
 
 import pytest
 import torch
+import yaml
 from hub_server import HubServer
 from peft import get_peft_model
 from samples import TOKENIZER, write_rows
+from stand_ins import stand_in_data
 
 from dlor_peft.cli import main
 from dlor_peft.training.configs import build_adapter_config, build_training_arguments
-from dlor_peft.training.dry_run import batches
+from dlor_peft.training.dry_run import batches, for_dry_run
 from dlor_peft.training.memory import step_memory
+from dlor_peft.training.packaged import packaged_recipes
 from dlor_peft.training.recipe import load_recipe
-from dlor_peft.training.sources import packaged_recipes
 from dlor_peft.training.tasks import task_class
 
 SFT = {
@@ -55,9 +57,14 @@ def sft(write_recipe, tmp_path):
 
 
 @pytest.mark.parametrize("name", packaged_recipes())
-def test_every_packaged_recipe(name, tmp_path, capsys):
-    told = dry(capsys, name, "data.max_rows=80", f"output_dir={tmp_path / 'out'}")
+def test_every_packaged_recipe(name, stand_in_model, tmp_path, capsys):
+    recipe = yaml.safe_load(packaged_recipes()[name].read_text())
+    overrides = ["data.max_rows=80", f"output_dir={tmp_path / 'out'}", "training.use_cpu=true"]
+    if "dataset" in recipe["data"]:
+        overrides += [f"model.path={stand_in_model(recipe['model']['path'])}", *stand_in_data(recipe, tmp_path)]
+    told = dry(capsys, name, *overrides)
     assert re.search(r"\d+ of [\d,]+ parameters are trainable", told)
+    assert "in all, with" in told
     assert "nothing was found that would stop the run" in told
     assert not (tmp_path / "out").exists()
 
@@ -247,25 +254,21 @@ def test_a_model_of_the_hub_costs_its_config_and_tokenizer(write_recipe, encoder
 
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
-def test_the_estimated_memory_is_what_a_step_allocates(write_recipe, checkpointed):
+def test_the_estimated_memory_is_what_a_step_allocates(write_recipe, tmp_path, checkpointed):
     """Counted by torch's profiler in a real step."""
     recipe, _ = load_recipe(str(write_recipe()), ["adapter.mode=multiplicative"])
     task = task_class(recipe.task.type)(recipe)
-    arguments = build_training_arguments(recipe)
 
-    def trainer_on(base):
-        model = get_peft_model(base, build_adapter_config(recipe))
-        if base.device.type == "meta":
-            base.hf_device_map = {"": "meta"}
-        return task.build_trainer(model, arguments)
+    def trainer_on(base, arguments):
+        return task.build_trainer(get_peft_model(base, build_adapter_config(recipe)), arguments)
 
     with torch.device("meta"):
-        empty = trainer_on(task.build_empty())
+        empty = trainer_on(task.build_empty(), for_dry_run(build_training_arguments(recipe), tmp_path / "scratch"))
     loader, rows = batches(empty)
     batch = loader.collate_fn([loader.dataset[row] for row in rows])
     estimated = step_memory(empty, batch)
 
-    trainer = trainer_on(task.load_model())
+    trainer = trainer_on(task.load_model(), build_training_arguments(recipe))
     model, optimizer = trainer.model, trainer.create_optimizer()
     model.train()
     if checkpointed:

@@ -5,8 +5,7 @@ import json
 import pytest
 import yaml
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from samples import write_rows
-from stand_ins import ROWS, build_model
+from stand_ins import stand_in_data
 
 from dlor_peft.cli import main
 from dlor_peft.training.packaged import packaged_recipes
@@ -15,27 +14,6 @@ RECIPES = {name: yaml.safe_load(path.read_text()) for name, path in packaged_rec
 ON_THE_HUB = [name for name, recipe in RECIPES.items() if "dataset" in recipe["data"]]
 HERE = [name for name in RECIPES if name not in ON_THE_HUB]
 SHORT = ["training.max_steps=2", "training.disable_tqdm=true", "training.dataloader_pin_memory=false"]
-
-
-@pytest.fixture(scope="module")
-def stand_in_model(tmp_path_factory):
-    folder, built = tmp_path_factory.mktemp("models"), {}
-
-    def of(hub_id):
-        if hub_id not in built:
-            built[hub_id] = build_model(hub_id, folder / hub_id.replace("/", "--"))
-        return built[hub_id]
-
-    return of
-
-
-def stand_in_data(recipe, folder):
-    data = recipe["data"]
-    rows = [ROWS[data["dataset"]](index) for index in range(12)]
-    for split in data["splits"]:
-        write_rows(folder / f"{split}.jsonl", rows)
-    files = {split: str(folder / f"{split}.jsonl") for split in data["splits"]}
-    return ["data.dataset=", "data.splits=", f"data.files={json.dumps(files)}"]
 
 
 def run(name, tmp_path, *overrides):

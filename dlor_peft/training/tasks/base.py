@@ -121,6 +121,10 @@ class Task(ABC, Generic[Outputs]):
     @abstractmethod
     def compare(self, trained: Outputs, other: Outputs) -> Comparison: ...
 
+    def build_empty_trainer(self, model: PeftModel, arguments: TrainingArguments) -> Trainer:
+        """The trainer around a model on the meta device, which stays there."""
+        return self.build_trainer(model, arguments)
+
     def show_sample(self, batch: dict[str, Any]) -> str:
         """The row of a training batch of one, as the trainer has encoded it: for the eye."""
         return show_row(self.tokenizer, batch)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..optimiser import with_optimizer
 from .causal import CausalTask
 from .generation import Generation
+from .showing import show_tokens
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -45,6 +48,16 @@ class DpoTask(CausalTask):
             # as it does for one that it makes itself
             model.delete_adapter("ref")
         return trainer
+
+    def build_empty_trainer(self, model: Any, arguments: TrainingArguments) -> Trainer:
+        with torch.device("meta"):
+            # the copy is made there too
+            return self.build_trainer(model, arguments)
+
+    def show_sample(self, batch: dict[str, Any]) -> str:
+        rows = zip(batch["input_ids"], batch["completion_mask"], batch["attention_mask"], strict=True)
+        shown = [show_tokens(self.tokenizer, ids[kept == 1], (mask == 1)[kept == 1]) for ids, mask, kept in rows]
+        return "\n".join(f"{name}: {text}" for name, text in zip(("chosen", "rejected"), shown, strict=True))
 
     def measure(self, trainer: Trainer, outputs: list[Generation]) -> dict[str, float]:
         test: Any = self.rows["test"]

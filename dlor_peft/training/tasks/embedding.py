@@ -71,6 +71,13 @@ class EmbeddingTask(Task[torch.Tensor]):
         base: Any = load_sentence_transformer(model).transformers_model
         return base
 
+    def build_empty(self) -> PreTrainedModel:
+        """On the meta device, but sentence-transformers reads the weights to build it."""
+        model: Any = self.load_model()
+        # what is around it as well, which is read only once
+        self._around(model)
+        return model.to("meta")
+
     @classmethod
     def usage(cls, model: ModelSection) -> str:
         return USAGE.format(base=resolve_path(model))

@@ -27,28 +27,30 @@ def show_row(tokenizer: PreTrainedTokenizerBase, batch: Mapping[str, Any]) -> st
     terminal.
     """
     labels, input_ids = batch.get("labels"), batch.get("input_ids")
-    has_mask = isinstance(labels, Tensor) and isinstance(input_ids, Tensor) and labels.shape == input_ids.shape
+    is_masked = isinstance(labels, Tensor) and isinstance(input_ids, Tensor) and labels.shape == input_ids.shape
     lines = []
     for name, value in batch.items():
-        if name.endswith("attention_mask") or (has_mask and name == "labels"):
+        if name.endswith("attention_mask") or (is_masked and name == "labels"):
             continue
-        if has_mask and name == "input_ids":
-            lines.append(_masked(tokenizer, value[0].tolist(), batch["labels"][0].tolist()))
+        if is_masked and name == "input_ids":
+            lines.append(show_tokens(tokenizer, value[0], batch["labels"][0] != IGNORED))
         elif name.endswith("input_ids") or (name == "labels" and isinstance(value, Tensor) and value.ndim == 2):
-            lines.append(f"{name}: {_decode(tokenizer, [token for token in value[0].tolist() if token != IGNORED])}")
+            lines.append(f"{name}: {_decode(tokenizer, value[0][value[0] != IGNORED].tolist())}")
         elif isinstance(value, Tensor) and value.numel() == 1:
             lines.append(f"{name}: {value.item()}")
     return "\n".join(lines)
 
 
-def _masked(tokenizer: PreTrainedTokenizerBase, tokens: list[int], labels: list[int]) -> str:
+def show_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, is_trained: Tensor) -> str:
+    """The text of the tokens (n,), with marks around those where `is_trained` (n,)."""
     start, end = COLOUR if sys.stdout.isatty() else MARKS
-    num_trained = sum(label != IGNORED for label in labels)
+    where = "in colour" if start == COLOUR[0] else f"between {start} and {end}"
     text = ""
-    for is_trained, run in groupby(zip(tokens, labels, strict=True), key=lambda pair: pair[1] != IGNORED):
+    pairs = zip(tokens.tolist(), is_trained.tolist(), strict=True)
+    for marked, run in groupby(pairs, key=lambda pair: pair[1]):
         piece = _decode(tokenizer, [token for token, _ in run])
-        text += f"{start}{piece}{end}" if is_trained else piece
-    return f"{len(tokens)} tokens, {num_trained} of them trained, between {MARKS[0]} and {MARKS[1]}:\n{text}"
+        text += f"{start}{piece}{end}" if marked else piece
+    return f"{len(tokens)} tokens, {int(is_trained.sum())} of them trained, {where}:\n{text}"
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
