@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import traceback
+from base64 import b64decode, b64encode
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from .folder import CHECKPOINT_MARK, RunFolder, atomic, changed_keys
-from .processes import is_main, num_processes, wait_for_all
+from .processes import decided_by_main, is_main, num_processes, wait_for_all
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -43,6 +44,9 @@ class Checkpoint:
     recipe: dict[str, Any]
     start: dict[str, Any]
     """What was measured before the first step."""
+
+    epoch_rng: str
+    """State of torch's generator at the start of the epoch, of which its order of rows is drawn; base64."""
 
     @classmethod
     def read(cls, path: Path) -> Checkpoint | None:
@@ -160,6 +164,8 @@ class CheckpointMarks(TrainerCallback):
 
     def __init__(self, trainer: Trainer, folder: RunFolder, recipe: Recipe, expected: Shapes) -> None:
         self.start: dict[str, Any] = {}
+        self.epoch_rng = ""
+        self._resumed = False
         self._trainer = trainer
         self._folder = folder
         self._recipe = recipe.model_dump(mode="json")
@@ -181,6 +187,19 @@ class CheckpointMarks(TrainerCallback):
                     shutil.rmtree(path, ignore_errors=True)
                 raise
 
+    def resume(self, checkpoint: Checkpoint) -> None:
+        self.start, self.epoch_rng, self._resumed = checkpoint.start, checkpoint.epoch_rng, True
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # the Trainer restores the generator after it has drawn the order of an epoch that it resumes; and processes
+        # whose generators have parted would draw different orders
+        if not self._resumed:
+            self.epoch_rng = decided_by_main(lambda: b64encode(bytes(torch.get_rng_state().tolist())).decode())
+        self._resumed = False
+        torch.set_rng_state(torch.tensor(list(b64decode(self.epoch_rng)), dtype=torch.uint8))
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         path = self._folder.checkpoints / f"checkpoint-{state.global_step}"
         with explained(path, self._folder):
@@ -193,7 +212,15 @@ class CheckpointMarks(TrainerCallback):
                     num_keys = verify_adapter(path, self._expected)
                 else:
                     num_keys = write_adapter(self._trainer, state_dict, path, self._expected)
-                Checkpoint(path, state.global_step, num_keys, devices(self._trainer), self._recipe, self.start).write()
+                Checkpoint(
+                    path,
+                    step=state.global_step,
+                    num_keys=num_keys,
+                    devices=devices(self._trainer),
+                    recipe=self._recipe,
+                    start=self.start,
+                    epoch_rng=self.epoch_rng,
+                ).write()
         if is_main():
             rotate_checkpoints(
                 output_dir=str(self._folder.checkpoints),

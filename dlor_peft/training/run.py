@@ -149,7 +149,7 @@ def _fit(recipe: Recipe, task: Task[Any], folder: RunFolder, checkpoint: Checkpo
             with clock("before"):
                 marks.start = {"before": measure()[1], "baseline": baseline}
         else:
-            marks.start = checkpoint.start
+            marks.resume(checkpoint)
             print(f"resuming at step {checkpoint.step}, from {checkpoint.path}")
 
     trainer.add_callback(AtStart(measure_start))

@@ -59,6 +59,32 @@ def test_a_signal_ends_the_step_and_saves(write_recipe, tmp_path, capsys, signal
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["steps"] == 4
 
 
+@pytest.mark.parametrize("stop", [6, 8])
+def test_what_goes_on_sees_the_same_rows(write_recipe, tmp_path, signalled, stop):
+    """Batches grouped by length are drawn anew in each epoch of six steps; dropout draws too."""
+    words = [
+        "training.max_steps=13",
+        "training.train_sampling_strategy=group_by_length",
+        "training.save_strategy=steps",
+        "training.save_steps=13",
+        "model.config={hidden_dropout_prob: 0.1}",
+    ]
+    path = write_recipe()
+
+    def losses():
+        file = tmp_path / "out" / "checkpoints" / "checkpoint-13" / "trainer_state.json"
+        history = json.loads(file.read_text())["log_history"]
+        return [entry["loss"] for entry in history if "loss" in entry]
+
+    assert main(["train", str(path), *words]) == 0
+    want = losses()
+    signalled(stop, signal.SIGINT)
+    assert main(["train", str(path), *words, "--overwrite"]) == 130
+    assert main(["train", str(path), *words, "--resume"]) == 0
+    assert losses() == pytest.approx(want, rel=1e-6)
+    assert len(want) == 13
+
+
 def test_a_second_ctrl_c_ends_at_once(write_recipe, tmp_path, capsys, signalled):
     signalled(2, signal.SIGINT, signal.SIGINT)
     assert main(["train", str(write_recipe()), *SAVES]) == 130
