@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.explain:
             print(explain(recipe, sources))
         elif arguments.dry_run:
-            dry_run(recipe, overwrite=arguments.overwrite, resume=arguments.resume)
+            dry_run(recipe, arguments.overwrite, arguments.resume, arguments.processes)
         else:
             train(recipe, overwrite=arguments.overwrite, resume=arguments.resume)
         return 0

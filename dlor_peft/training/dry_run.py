@@ -19,15 +19,16 @@ from .checkpoints import find_checkpoint
 from .configs import build_adapter_config, build_training_arguments
 from .folder import RunFolder
 from .hub_access import check_push
-from .matching import unmatched
+from .matching import describe_targets, unmatched
 from .memory import StepMemory, step_memory
 from .quantization import build_quantization
 from .report import parameter_table, trainable_parameters
+from .rows import check_lengths
 from .schema import Recipe
 from .tasks import Task, task_class
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
+    from transformers import Trainer, TrainingArguments
 
 DEVICES = (2, 8)
 """The numbers of devices that the estimate is shown for, where all but activations is sharded."""
@@ -37,13 +38,15 @@ class DryRunError(ValueError):
     """All that a run would stumble over, in one message."""
 
 
-def dry_run(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> None:
+def dry_run(recipe: Recipe, overwrite: bool = False, resume: bool = False, processes: int | None = None) -> None:
     """Print what the run would train, on what, and with how much memory; it trains nothing and writes nothing.
+
+    `processes` is the number of devices to tell the memory for, where it is known.
 
     Raises:
         DryRunError: every problem that was found.
     """
-    run = _DryRun(recipe)
+    run = _DryRun(recipe, DEVICES if processes is None else (processes,))
     run.look_at_folder(overwrite, resume)
     run.look_at_hub()
     run.build()
@@ -54,8 +57,9 @@ def dry_run(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> No
 
 
 class _DryRun:
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, devices: tuple[int, ...]) -> None:
         self.recipe = recipe
+        self.devices = devices
         self.problems: list[str] = []
 
     @contextmanager
@@ -103,8 +107,7 @@ class _DryRun:
         with self._noted():
             loader, rows = batches(trainer)
             print(f"\nthe first row as it is trained:\n{task.show_sample(loader.collate_fn([loader.dataset[0]]))}\n")
-            batch = loader.collate_fn([loader.dataset[row] for row in rows])
-            print(_estimate(trainer, batch, build_quantization(self.recipe.model.quantization)))
+            print(self._estimate(trainer, loader.collate_fn([loader.dataset[row] for row in rows])))
 
     def _trainer(self, task: Task[Any], scratch: Path) -> Trainer | None:
         base = task.build_empty()
@@ -117,16 +120,30 @@ class _DryRun:
             try:
                 model = get_peft_model(base, config)
             except ValueError as error:
-                raise ValueError(f"adapter: {error}") from error
+                raise ValueError(f"adapter: {error} {describe_targets(given, modules)}") from error
         tuner: Any = model.base_model
         adapted = [*getattr(tuner, "targeted_module_names", ()), *getattr(tuner, "targeted_parameter_names", ())]
         print(parameter_table(trainable_parameters(model)))
         self.problems += unmatched(given, model.peft_config["default"], modules, adapted)
         arguments = for_dry_run(build_training_arguments(self.recipe), scratch)
         try:
-            return task.build_empty_trainer(model, arguments)
+            trainer = task.build_empty_trainer(model, arguments)
         except RuntimeError as error:
             raise ValueError(f"training: the trainer refuses these values: {error}") from error
+        check_lengths(trainer, self.recipe)
+        return trainer
+
+    def _estimate(self, trainer: Trainer, batch: dict[str, Any]) -> str:
+        checkpointed = bool(trainer.args.activation_checkpointing)
+        try:
+            memory = step_memory(trainer, batch, build_quantization(self.recipe.model.quantization))
+        except Exception as error:
+            # whatever a model does with values that are not there: the run is as good as before
+            return f"memory: cannot be estimated without weights: {str(error).splitlines()[0]}"
+        rows = [["memory of a step (estimated)", "MiB"], *_rows(memory, checkpointed, self.devices)]
+        shape = " x ".join(map(str, memory.shape))
+        note = f"for a batch of the longest rows, {shape}, per device; without what CUDA itself needs"
+        return f"{format_table(rows)}\n{note}"
 
 
 def for_dry_run(arguments: TrainingArguments, scratch: Path) -> TrainingArguments:
@@ -147,21 +164,7 @@ def batches(trainer: Trainer) -> tuple[Any, list[int]]:
     return loader, order[: trainer.args.per_device_train_batch_size]
 
 
-def _estimate(trainer: Trainer, batch: dict[str, Any], quantization: BitsAndBytesConfig | None) -> str:
-    checkpointed = bool(trainer.args.activation_checkpointing)
-    try:
-        memory = step_memory(trainer, batch, quantization)
-    except Exception as error:
-        # whatever a model does with values that are not there: the run is as good as before
-        return f"memory: cannot be estimated without weights: {str(error).splitlines()[0]}"
-    rows = [["memory of a step (estimated)", "MiB"], *_rows(memory, checkpointed)]
-    shape = " x ".join(map(str, memory.shape))
-    return (
-        f"{format_table(rows)}\nfor a batch of the longest rows, {shape}, per device; without what CUDA itself needs"
-    )
-
-
-def _rows(memory: StepMemory, checkpointed: bool) -> list[list[str]]:
+def _rows(memory: StepMemory, checkpointed: bool, devices: tuple[int, ...]) -> list[list[str]]:
     parts = {
         "frozen weights": memory.weights,
         "trained weights": memory.trained,
@@ -173,6 +176,6 @@ def _rows(memory: StepMemory, checkpointed: bool) -> list[list[str]]:
         parts["activations, checkpointed"] = memory.activations_checkpointed
     with_or_without = "with" if checkpointed else "without"
     parts[f"in all, {with_or_without} activation checkpointing"] = memory.total(checkpointed)
-    for count in DEVICES:
+    for count in devices:
         parts[f"in all on each of {count} devices, FSDP2 or ZeRO-3"] = memory.sharded(count, checkpointed)
     return [[name, f"{size / 2**20:,.1f}"] for name, size in parts.items()]

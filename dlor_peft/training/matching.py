@@ -58,6 +58,13 @@ def unmatched(given: dict[str, Any], config: PeftConfig, modules: list[str], ada
     return problems
 
 
+def describe_targets(given: dict[str, Any], modules: list[str]) -> str:
+    """What the recipe targets, and what the model has: for the error of a method that found nothing to adapt."""
+    asked = given.get("target_modules")
+    first = asked[0] if isinstance(asked, list) and asked else str(asked)
+    return f"adapter.target_modules is {asked!r}.{suggest(first, _leaves(modules), 'There')}"
+
+
 def _ends(name: str, item: str) -> bool:
     return f".{name}".endswith(f".{item}")
 

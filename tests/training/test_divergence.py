@@ -8,8 +8,10 @@ import torch
 from peft import get_peft_model
 
 from dlor_peft.cli import main
-from dlor_peft.training.callbacks import attach
+from dlor_peft.training.callbacks import add_callbacks
+from dlor_peft.training.checkpoints import adapter_shapes
 from dlor_peft.training.configs import build_adapter_config, build_training_arguments
+from dlor_peft.training.folder import RunFolder
 from dlor_peft.training.recipe import load_recipe
 from dlor_peft.training.tasks import task_class
 from dlor_peft.training.watching import DivergenceError
@@ -28,8 +30,9 @@ def trainer_of(path, tmp_path, *overrides):
     recipe, _ = load_recipe(str(path), overrides)
     task = task_class(recipe.task.type)(recipe)
     model = get_peft_model(task.load_model(), build_adapter_config(recipe))
+    expected = adapter_shapes(model)
     trainer = task.build_trainer(model, build_training_arguments(recipe))
-    attach(trainer, recipe, tmp_path / "layers.jsonl")
+    add_callbacks(trainer, recipe, RunFolder(tmp_path), expected)
     return trainer
 
 

@@ -71,18 +71,21 @@ class Reporter(TrainerCallback):
 
 
 def test_what_reports_finds_them_whatever_its_place(write_recipe, tmp_path):
-    from dlor_peft.training.callbacks import attach
+    from dlor_peft.training.callbacks import add_callbacks
+    from dlor_peft.training.checkpoints import adapter_shapes
     from dlor_peft.training.configs import build_adapter_config, build_training_arguments
+    from dlor_peft.training.folder import RunFolder
     from dlor_peft.training.recipe import load_recipe
     from dlor_peft.training.tasks import task_class
 
     recipe, _ = load_recipe(str(write_recipe()))
     task = task_class(recipe.task.type)(recipe)
     model = get_peft_model(task.load_model(), build_adapter_config(recipe))
+    expected = adapter_shapes(model)
     trainer = task.build_trainer(model, build_training_arguments(recipe))
     reporter = Reporter()
     trainer.add_callback(reporter)
-    attach(trainer, recipe, tmp_path / "layers.jsonl")
+    add_callbacks(trainer, recipe, RunFolder(tmp_path), expected)
     trainer.train()
     assert sum("dlor_norm_max" in logs for logs in reporter.seen) == 2
     assert sum("dlor_norm_max" in entry for entry in trainer.state.log_history) == 2
