@@ -17,6 +17,7 @@ HELP = {
     "": ["train", "inspect", "dlor train"],
     "train": ["adapter.peft_type=LORA", "--explain", "--overwrite", "an empty value drops a key", "smol-lm-sft"],
     "inspect": ["ADAPTER", "--base", "--plot", "--json", "Roy & Vetterli", "have no such map"],
+    "eval": ["RECIPE_OR_ADAPTER", "--adapter", "--lm-eval-include", "data.max_rows=50"],
     "merge": ["--adapter", "dlor_merge.json"],
 }
 
@@ -51,7 +52,7 @@ def test_help_answers_in_under_a_second(verb):
     assert min(seconds) < 1
 
 
-@pytest.mark.parametrize("verb", ["train", "inspect", "merge"])
+@pytest.mark.parametrize("verb", ["train", "eval", "inspect", "merge"])
 def test_help_fits_the_terminal(verb):
     assert max(map(len, run_dlor(verb, "--help").stdout.splitlines())) <= 119
 
@@ -63,6 +64,9 @@ def test_help_fits_the_terminal(verb):
         (["train", "quickstart", "smol-lm-sft"], "dlor: error: 'smol-lm-sft': one recipe, then overrides"),
         (["train", "adapter.rr=4"], "dlor: error: adapter.rr: no field of DLoRConfig."),
         (["train", "model.path=package:no-such-model"], "dlor-peft's extra 'quickstart'"),
+        (["eval", "quickstart"], "run dlor train quickstart first, or name the adapter's folder with --adapter"),
+        (["eval", "quickstart", "smol-lm-sft"], "dlor: error: 'smol-lm-sft': one recipe or adapter, then overrides"),
+        (["eval", "quickstart", "--lm-eval-include", "x"], "--lm-eval-include belongs to --lm-eval"),
         (["inspect", "./nowhere"], "dlor: error: there is no folder ./nowhere"),
     ],
 )

@@ -67,7 +67,8 @@ def test_the_dlor_commands_parse(words, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         assert main(words[1:]) == 2
-        assert "there is no folder" in (error := capsys.readouterr().err) or "Hub" in error
+        error = capsys.readouterr().err
+        assert any(text in error for text in ("there is no folder", "no adapter in", "Hub"))
         return
     monkeypatch.chdir(ROOT)
     (tmp_path / "my.yaml").write_text((ROOT / "recipes" / "smol-lm-sft.yaml").read_text().replace("./", "/"))

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils.memory import clear_device_cache
 from peft import PeftConfig, get_peft_model
 from transformers import set_seed
 
@@ -91,6 +92,9 @@ def evaluate(recipe: Recipe, adapter: Path, lm_eval: Sequence[str] = (), include
             results["test"][state] = task.measure(trainer, task.run(model))
             if harness:
                 results["lm_eval"][state] = harness.measure(model, task.tokenizer, arguments.eval_batch_size)
+            # there is room for one
+            del trainer, model
+            clear_device_cache(garbage_collection=True)
     return {
         **results,
         "adapter": str(adapter),

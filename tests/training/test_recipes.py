@@ -1,6 +1,7 @@
 """Every packaged recipe runs from end to end: as it is, or with stand-ins for the Hub's models and data."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -71,6 +72,16 @@ def test_the_header_states_command_hardware_memory_and_time(name):
         for part in ("Hardware: ", "Memory (estimate): ", "Time (estimate): ", "Not run on", "GB"):
             assert part in header
     assert max(map(len, lines)) <= 121
+
+
+def test_the_help_and_the_readme_list_every_recipe(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = capsys.readouterr().out.splitlines()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    for name, recipe in RECIPES.items():
+        assert any(line.split()[:1] == [name] and len(line.split()) > 3 for line in shown)
+        assert f"| `{name}` | {recipe['task']['type']} | " in readme
 
 
 @pytest.mark.slow

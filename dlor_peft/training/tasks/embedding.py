@@ -123,10 +123,11 @@ class EmbeddingTask(Task[torch.Tensor]):
         return Comparison(len(trained), 0, "", difference, trained.abs().max().item())
 
     def _around(self, model: Any) -> SentenceTransformer:
-        """The SentenceTransformer of the recipe with `model` as its transformer."""
+        """The recipe's SentenceTransformer with `model` as its transformer; a trainer's model is that already."""
         if self._pipeline is None:
             self._pipeline = load_sentence_transformer(self.recipe.model)
-        self._pipeline[0].model = model
+        if model is not self._pipeline:
+            self._pipeline[0].model = model
         return self._pipeline.to(model.device)
 
     def _evaluator(self, split: Dataset) -> BaseEvaluator:
