@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.distributed.fsdp
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 
 def shard_placement(num_devices: int) -> Callable[[nn.Parameter], Shard | None]:
@@ -39,7 +39,9 @@ def shard_placement(num_devices: int) -> Callable[[nn.Parameter], Shard | None]:
 def adapters_sharded_by_rows() -> Iterator[None]:
     """Within it `fully_shard` splits by `shard_placement` what its caller leaves open.
 
-    For Accelerate, which does not pass it on: around `Trainer.train()` or `Accelerator.prepare()`.
+    For Accelerate, which does not pass it on: around `Trainer.train()` or `Accelerator.prepare()`. What is within a
+    unit already is left to it: Accelerate makes one of the word embeddings even where a block of the model holds them,
+    as BERT's does, and torch refuses to shard twice.
     """
     original = torch.distributed.fsdp.fully_shard
 
@@ -48,10 +50,19 @@ def adapters_sharded_by_rows() -> Iterator[None]:
         # of two dimensions FSDP2 replicates over the first
         num_devices = dist.get_world_size() if mesh is None else mesh.size(mesh.ndim - 1)
         kwargs.setdefault("shard_placement_fn", shard_placement(num_devices))
-        return original(module, mesh=mesh, **kwargs)
+        rest = [one for one in ([module] if isinstance(module, nn.Module) else module) if not _is_within_unit(one)]
+        if rest:
+            original(rest[0] if len(rest) == 1 else rest, mesh=mesh, **kwargs)
+        return module
 
     torch.distributed.fsdp.fully_shard = fully_shard  # pyright: ignore[reportPrivateImportUsage]
     try:
         yield
     finally:
         torch.distributed.fsdp.fully_shard = original  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _is_within_unit(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    holds_unit = any(isinstance(part, torch.distributed.fsdp.FSDPModule) for part in module.modules())
+    return bool(parameters) and not holds_unit and all(isinstance(parameter, DTensor) for parameter in parameters)

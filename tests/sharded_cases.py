@@ -21,6 +21,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils.other import fsdp_auto_wrap_policy
 from tiny_models import adapted, build, config_of, distance, inputs, layers, logits
 from torch import nn
+from torch.distributed import fsdp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -210,6 +211,23 @@ def frozen_in_half_precision() -> None:
             assert distance(state[key], value) < 2e-2, key
 
 
+def what_is_within_a_unit_is_left_to_it() -> None:
+    """As Accelerate shards BERT: its embeddings, then the words in them, then the rest."""
+    model = nn.Sequential(nn.Sequential(nn.Embedding(4, 2), nn.LayerNorm(2)), nn.Linear(2, 2))
+    with adapters_sharded_by_rows():
+        fsdp.fully_shard(model[0])
+        assert fsdp.fully_shard(model[0][0]) is model[0][0]
+        assert fsdp.fully_shard([model[0][1], model[1]]) == [model[0][1], model[1]]
+        fsdp.fully_shard(model)
+    assert [isinstance(part, fsdp.FSDPModule) for part in (model, model[0], model[0][0], model[1])] == [
+        True,
+        True,
+        False,
+        True,
+    ]
+    assert model(torch.tensor([[1, 2]])).shape == (1, 2, 2)
+
+
 def tensor_parallel(named: str | None) -> None:
     message = "(tensor parallelism)"
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=None if named is None else (named,))
@@ -324,6 +342,7 @@ def cases(folder: Path) -> dict[str, Callable[[], None]]:
     found["merged"] = merged_before_it_was_sharded
     found["parameters"] = adapters_of_parameters
     found["bfloat16"] = half_precision
+    found["within"] = what_is_within_a_unit_is_left_to_it
     found["bfloat16-frozen"] = frozen_in_half_precision
     for name in ("tp", None, "fsdp"):
         found[f"tp-{name}"] = lambda name=name: tensor_parallel(name)

@@ -145,7 +145,8 @@ def gather_adapter(trainer: Trainer) -> dict[str, Any] | None:
     if not trainer.is_fsdp_enabled:
         return None
     if not trainer.accelerator.is_fsdp2:
-        return trainer.accelerator.get_state_dict(trainer.model)
+        accelerator: Any = trainer.accelerator
+        return accelerator.get_state_dict(trainer.model)
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     # the frozen weights stay where they are: whole, they may not fit into any one memory
@@ -155,7 +156,8 @@ def gather_adapter(trainer: Trainer) -> dict[str, Any] | None:
 
 def write_adapter(trainer: Trainer, state: dict[str, Any] | None, folder: Path, expected: Shapes) -> int:
     """The number of tensors in the adapter, which is read back; for the main process, with what it has gathered."""
-    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(str(folder), state_dict=state)
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    model.save_pretrained(str(folder), state_dict=state)
     return verify_adapter(folder, expected)
 
 

@@ -43,7 +43,7 @@ def launch(name: str, processes: int | None, recipe: Recipe, command: Sequence[s
     on_cpu = bool(recipe.training.get("use_cpu")) or not torch.accelerator.is_available()
     count = processes or configuration.get("num_processes") or (0 if on_cpu else torch.accelerator.device_count())
     if not count:
-        raise ValueError("--launch: without an accelerator say how many processes: --processes 2.")
+        raise ValueError("--launch: without an accelerator, say how many processes: --processes 2.")
     words = ["--config_file", str(file), "--num_processes", str(count)]
     alone = configuration.get("num_machines", 1) == 1
     if alone:
