@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
@@ -23,7 +23,6 @@ from .folder import CHECKPOINT_MARK, RunFolder, atomic, changed_keys
 from .processes import decided_by_main, is_main, num_processes, wait_for_all
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
     from .schema import Recipe
@@ -145,20 +144,25 @@ def gather_adapter(trainer: Trainer) -> dict[str, Any] | None:
     if not trainer.is_fsdp_enabled:
         return None
     if not trainer.accelerator.is_fsdp2:
-        accelerator: Any = trainer.accelerator
-        return accelerator.get_state_dict(trainer.model)
+        whole: Any = trainer.accelerator.get_state_dict(trainer.model)
+        return whole
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     # the frozen weights stay where they are: whole, they may not fit into any one memory
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    return get_model_state_dict(trainer.model, options=options)  # pyright: ignore[reportArgumentType]
+    return get_model_state_dict(adapted_model(trainer.model), options=options)
 
 
 def write_adapter(trainer: Trainer, state: dict[str, Any] | None, folder: Path, expected: Shapes) -> int:
     """The number of tensors in the adapter, which is read back; for the main process, with what it has gathered."""
-    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    model = adapted_model(trainer.accelerator.unwrap_model(trainer.model))
     model.save_pretrained(str(folder), state_dict=state)
     return verify_adapter(folder, expected)
+
+
+def adapted_model(model: Any) -> PeftModel:
+    """The trainer's model, or what is adapted in it: a SentenceTransformer has its transformer inside."""
+    return next(module for module in model.modules() if isinstance(module, PeftModel))
 
 
 class CheckpointMarks(TrainerCallback):

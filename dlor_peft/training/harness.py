@@ -35,12 +35,14 @@ class Harness:
 
     def measure(self, model: Any, tokenizer: Any, batch_size: int) -> dict[str, float]:
         """The tasks' metrics; the key is "task metric"."""
-        from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+        import lm_eval.evaluator  # pyright: ignore[reportMissingImports]
         from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
-        wrapped = HFLM(pretrained=without_autocast(model).eval(), tokenizer=tokenizer, batch_size=batch_size)
-        results = simple_evaluate(model=wrapped, tasks=self.tasks, task_manager=self.manager, log_samples=False)
-        assert results is not None
+        # both are behind decorators that hide what they take
+        wrap: Any = HFLM
+        evaluate: Any = lm_eval.evaluator.simple_evaluate
+        wrapped = wrap(pretrained=without_autocast(model).eval(), tokenizer=tokenizer, batch_size=batch_size)
+        results = evaluate(model=wrapped, tasks=self.tasks, task_manager=self.manager, log_samples=False)
         return {
             f"{task} {metric.removesuffix(',none')}": float(value)
             for task, metrics in results["results"].items()

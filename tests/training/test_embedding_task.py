@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ def write(write_recipe, tmp_path):
         write_rows(tmp_path / "rows.jsonl", rows)
         return write_recipe(
             model={"path": str(model), "dtype": "float32"},
+            optimizer={"diag_lr_ratio": 2.0},
             task={"type": "embedding"},
             data={
                 "files": {"train": "rows.jsonl", "dev": "rows.jsonl", "test": "rows.jsonl"},
@@ -79,6 +81,20 @@ def test_the_card_s_lines_load_the_trained_embedding(write, tmp_path):
     task = EmbeddingTask(load_recipe(str(tmp_path / "out" / "recipe.yaml"))[0])
     reloaded = task.run(load_trained(adapter)[0])[:: len(TEXTS)][: len(TEXTS)]
     torch.testing.assert_close(reloaded, after, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_resumes_and_ends_with_its_best(write, tmp_path):
+    path = write(ROWS["spearman_cosine"])
+    steps = ["training.max_steps=6", "training.save_strategy=steps", "training.save_steps=2"]
+    best = ["training.load_best_model_at_end=true", "training.eval_strategy=steps", "training.eval_steps=2"]
+    assert main(["train", str(path), *steps, *best]) == 0
+    expected = metrics_of(tmp_path)["after"]
+    checkpoints = tmp_path / "out" / "checkpoints"
+    for step in (4, 6):
+        shutil.rmtree(checkpoints / f"checkpoint-{step}")
+    (tmp_path / "out" / "metrics.json").unlink()
+    assert main(["train", str(path), *steps, *best, "--resume"]) == 0
+    assert metrics_of(tmp_path)["after"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_identity_weights_are_refused(write, tmp_path, capsys):

@@ -83,14 +83,13 @@ class EmbeddingTask(Task[torch.Tensor]):
         return USAGE.format(base=resolve_path(model))
 
     def build_trainer(self, model: Any, arguments: TrainingArguments) -> Trainer:
-        from sentence_transformers import SentenceTransformerTrainer
         from sentence_transformers.sentence_transformer.losses import (
             CosineSimilarityLoss,
             MultipleNegativesRankingLoss,
         )
 
         loss = CosineSimilarityLoss if "score" in self.roles else MultipleNegativesRankingLoss
-        return with_optimizer(SentenceTransformerTrainer, self.recipe.optimizer)(
+        return with_optimizer(_trainer_class(), self.recipe.optimizer)(
             model=self._around(model),
             args=arguments,  # pyright: ignore[reportArgumentType]
             train_dataset=self.rows["train"],
@@ -140,3 +139,24 @@ class EmbeddingTask(Task[torch.Tensor]):
         if len(columns) == 2:
             return evaluation.TranslationEvaluator(*columns, **quiet)
         return evaluation.TripletEvaluator(*columns, **quiet)
+
+
+def _trainer_class() -> Any:
+    from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+    from sentence_transformers import SentenceTransformerTrainer
+    from transformers import Trainer
+
+    class AdapterTrainer(SentenceTransformerTrainer):
+        def _load_from_checkpoint(self, checkpoint_path: str) -> None:
+            # a checkpoint has the adapter alone; it is not a model that sentence-transformers could load for itself
+            model: Any = self.model
+            (adapted,) = (part for part in model.modules() if isinstance(part, PeftModel))
+            set_peft_model_state_dict(adapted, load_peft_weights(checkpoint_path, device="cpu"))
+
+        def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, Any]:
+            if args.learning_rate_mapping:
+                return super().get_optimizer_cls_and_kwargs(args, model)
+            # sentence-transformers chooses the parameters itself, for the sake of losses with weights of their own
+            return Trainer.get_optimizer_cls_and_kwargs(args, model)
+
+    return AdapterTrainer
