@@ -51,11 +51,12 @@ def layer_facts(form: Form, residual: Residual) -> LayerFacts:
     frobenius_norm = _norm(sizes)
     if not math.isfinite(frobenius_norm):
         raise OverflowError(f"its factors multiply to more than {residual.U.dtype} holds".replace("torch.", ""))
-    bounds = [_condition_bound(form, one) for one in each] if multiplies(form) else []
+    spectral = [s[0] if len(s) else s.new_zeros(()) for s in sizes]
+    bounds = [_condition_bound(form, *pair) for pair in zip(each, spectral, strict=True)] if multiplies(form) else []
     return LayerFacts(
         diagonal_deviation=_norm(diagonals),
         frobenius_norm=frobenius_norm,
-        spectral_norm=max((s[0].item() for s in sizes if len(s)), default=0.0),
+        spectral_norm=max(norm.item() for norm in spectral),
         effective_rank=sum(effective_rank(s).item() for s in sizes) / len(sizes),
         condition_bound=max(bounds, default=None),
     )
@@ -87,8 +88,9 @@ def maps(form: Form, residual: Residual) -> list[Map]:
     return [(U.new_ones(1) if q is None else 1 + q, U, V)]
 
 
-def _condition_bound(form: Form, residual: Residual) -> float:
-    return math.prod(condition_bound_by_inverse(*one).item() for one in maps(form, residual))
+def _condition_bound(form: Form, residual: Residual, norm: Tensor) -> float:
+    # where there are two maps they are diagonals, and their norm is 0
+    return math.prod(condition_bound_by_inverse(*one, norm).item() for one in maps(form, residual))
 
 
 def _norm(parts: list[Tensor]) -> float:

@@ -178,10 +178,11 @@ def condition_bound(d: Tensor, U: Tensor, V: Tensor) -> Tensor:
     return (size.max() + norm) / (size.min() - norm)
 
 
-def condition_bound_by_inverse(d: Tensor, U: Tensor, V: Tensor) -> Tensor:
+def condition_bound_by_inverse(d: Tensor, U: Tensor, V: Tensor, norm: Tensor | None = None) -> Tensor:
     """cond_2(M) <= (max|d| + ||U V^T||_2) (1 / min|d| + ||U' V'^T||_2), where M^-1 = diag(1/d) + U' V'^T.
 
     A scalar tensor, never above `condition_bound`, and finite for every M that `inverse` inverts: inf for the others.
+    `norm` is ||U V^T||_2 where it is known.
     Square M only; O(n r^2).
     """
     require_float("maths.condition_bound_by_inverse", d, U, V)
@@ -192,7 +193,8 @@ def condition_bound_by_inverse(d: Tensor, U: Tensor, V: Tensor) -> Tensor:
         return U.new_full((), torch.inf)
     if not all(part.isfinite().all() for part in (d_inverse, U_inverse, V_inverse)):
         return U.new_full((), torch.inf)
-    return (d.abs().max() + spectral_norm(U, V)) * (d_inverse.abs().max() + spectral_norm(U_inverse, V_inverse))
+    norm = spectral_norm(U, V) if norm is None else norm
+    return (d.abs().max() + norm) * (d_inverse.abs().max() + spectral_norm(U_inverse, V_inverse))
 
 
 def alignment_index(delta: Tensor, W: Tensor) -> Tensor:

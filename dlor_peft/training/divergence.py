@@ -108,7 +108,7 @@ def _remedy(args: TrainingArguments) -> str:
 
 
 def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    unwrapped = extract_model_from_parallel(model)
+    unwrapped: Any = extract_model_from_parallel(model)
     return [(name, parameter) for name, parameter in unwrapped.named_parameters() if parameter.requires_grad]
 
 

@@ -36,7 +36,8 @@ class DivergenceError(ValueError):
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, str, DLoRLayer]]:
     """(name in the base model, adapter, layer), tied tensors once."""
-    for name, layer in extract_model_from_parallel(model).named_modules():
+    unwrapped: Any = extract_model_from_parallel(model)
+    for name, layer in unwrapped.named_modules():
         if isinstance(layer, DLoRLayer):
             for adapter in layer.active_adapters:
                 if adapter in layer.form and adapter not in layer.tied_to:
