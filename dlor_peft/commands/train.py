@@ -33,8 +33,8 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = verbs.add_parser(
         "train",
         help="train an adapter from a recipe, and check that it reloads and merges",
-        usage="dlor train [RECIPE] [key=value ...] [--explain | --dry-run] [--overwrite | --resume] "
-        "[--launch NAME [--processes N]]",
+        usage="dlor train [RECIPE] [key=value ...] [--explain | --dry-run] [--overwrite | --resume]\n"
+        "                  [--launch NAME [--processes N]]",
         description="Train an adapter, save it, reload it into a fresh model, merge it, and compare the three.",
         epilog=EPILOG + list_recipes(width=117),
         formatter_class=argparse.RawDescriptionHelpFormatter,

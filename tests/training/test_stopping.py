@@ -174,7 +174,8 @@ def test_a_full_disk_when_the_adapter_is_saved(write_recipe, tmp_path, capsys):
     error = capsys.readouterr().err
     assert f"dlor: error: {tmp_path}/out/adapter could not be written: " in error
     assert "There is no earlier checkpoint. Make room, then run the same command with --overwrite." in error
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["recipe.yaml"]
+    left = sorted(file.name for file in (tmp_path / "out").iterdir())
+    assert left == ["environment.json", "layers.jsonl", "recipe.yaml"]
 
 
 def test_an_adapter_that_is_not_whole_is_named(tmp_path):
