@@ -34,7 +34,7 @@ def test_checkpoints_of_an_unfinished_run_are_not_replaced_unasked(write_recipe,
 
 def test_a_diverged_run_saves_nothing(write_recipe, tmp_path, capsys):
     error = error_of(capsys, write_recipe(), "training.learning_rate=1e30", "training.max_steps=4")
-    assert "training diverged at step " in error
+    assert "training diverged at step" in error
     assert "Nothing was saved but the checkpoints before. Lower training.learning_rate" in error
     assert not (tmp_path / "out" / "adapter").exists()
     assert not (tmp_path / "out" / "metrics.json").exists()

@@ -56,8 +56,8 @@ def test_tensorboard_gets_them(write_recipe, tmp_path, monkeypatch):
     events.Reload()
     history = json.loads((tmp_path / "out" / "metrics.json").read_text())["history"]
     for name in KEYS - {"dlor_condition_bound", "dlor_condition_bound_layer"}:
-        got = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
-        assert got == pytest.approx([(entry["step"], entry[name]) for entry in history if name in entry]), name
+        got = {event.step: event.value for event in events.Scalars(f"train/{name}")}
+        assert got == pytest.approx({entry["step"]: entry[name] for entry in history if name in entry}), name
 
 
 class Reporter(TrainerCallback):
