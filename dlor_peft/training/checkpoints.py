@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import traceback
 from base64 import b64decode, b64encode
@@ -49,11 +50,17 @@ class Checkpoint:
 
     @classmethod
     def read(cls, path: Path) -> Checkpoint | None:
-        """None where the mark is missing or damaged."""
-        try:
-            return cls(path, **json.loads((path / CHECKPOINT_MARK).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+        """None where the mark is missing; ValueError where it cannot be read, or is of another version."""
+        mark = path / CHECKPOINT_MARK
+        if not mark.is_file():
             return None
+        try:
+            return cls(path, **json.loads(mark.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"--resume: {mark} is damaged, or was written by another version of dlor-peft: {error}. Move the "
+                "folder away to resume from the checkpoint before it, or start anew with --overwrite."
+            ) from error
 
     def write(self) -> None:
         facts = dataclasses.asdict(self)
@@ -64,7 +71,8 @@ class Checkpoint:
 
 def last_complete(folder: RunFolder) -> tuple[Checkpoint | None, list[Path]]:
     """The last complete checkpoint, and the folders after it that are not complete."""
-    steps = {int(path.name.rpartition("-")[2]): path for path in folder.checkpoints.glob("checkpoint-*[0-9]")}
+    names = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.checkpoints.glob("checkpoint-*")}
+    steps = {int(name[1]): path for path, name in names.items() if name}
     later = []
     for step in sorted(steps, reverse=True):
         if checkpoint := Checkpoint.read(steps[step]):

@@ -44,6 +44,10 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
             raise ValueError(f"training.{name}: set the top-level {name} instead, and drop this one.")
     if recipe.training.get("resume_from_checkpoint"):
         raise ValueError("training.resume_from_checkpoint: drop it, and run dlor train with --resume.")
+    if recipe.training.get("save_only_model"):
+        raise ValueError("training.save_only_model: a checkpoint without the optimizer cannot be resumed; drop it.")
+    if recipe.training.get("hub_token"):
+        raise ValueError("training.hub_token: a recipe is no place for a secret. Run hf auth login, or set HF_TOKEN.")
     values = _check_fields(arguments_class, recipe.training, "training")
     # a loss that is not finite is no loss to hide: `divergence` stops at it
     values.setdefault("logging_nan_inf_filter", False)

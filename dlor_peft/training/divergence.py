@@ -32,12 +32,13 @@ class StopDivergence(TrainerCallback):
     def __init__(self, model: nn.Module, layers: WatchLayers | None, max_condition: float | None) -> None:
         self._layers = layers
         self._max_condition = max_condition
+        self._inputs: tuple[Any, ...] = ()
         self._batch: dict[str, Any] = {}
         model.register_forward_pre_hook(self._keep, with_kwargs=True)
 
     def _keep(self, model: nn.Module, inputs: tuple[Any, ...], batch: dict[str, Any]) -> None:
         if model.training:
-            self._batch = batch
+            self._inputs, self._batch = inputs, batch
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -65,7 +66,7 @@ class StopDivergence(TrainerCallback):
         name = next((name for name, size in sizes.items() if not math.isfinite(size)), None)
         if name is not None:
             layer = f"the first layer with a parameter that is not finite is {_module(model, name)}"
-        elif (name := first_overflow(model, self._batch)) is not None:
+        elif (name := first_overflow(model, *self._inputs, **self._batch)) is not None:
             layer = f"the first layer with an output that is not finite is {_module(model, name)}"
         else:
             name = max(sizes, key=lambda name: sizes[name])
@@ -73,8 +74,8 @@ class StopDivergence(TrainerCallback):
         return DivergenceError(f"training diverged at step {step}: {finding}; {layer}. {_remedy(args)}")
 
 
-def first_overflow(model: nn.Module, batch: dict[str, Any]) -> str | None:
-    """The first module, of any process, whose output for the batch is not finite; None where all are.
+def first_overflow(model: nn.Module, *inputs: Any, **batch: Any) -> str | None:
+    """The first module, of any process, whose output for these inputs is not finite; None where all are.
 
     All processes must ask: where parameters are sharded, they run the model together.
     """
@@ -91,7 +92,7 @@ def first_overflow(model: nn.Module, batch: dict[str, Any]) -> str | None:
     handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
     try:
         with torch.no_grad():
-            model(**batch)
+            model(*inputs, **batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -41,17 +41,26 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"output_dir: {self.path} is a file. Give a folder: output_dir=OTHER.")
         if self.recipe.is_file() and self.recipe.read_text(encoding="utf-8").startswith(HEADER):
-            asked = overwrite or resume
-            if not asked and not self.metrics.is_file() and any(self.checkpoints.glob("checkpoint-*")):
-                raise ValueError(
-                    f"output_dir: {self.checkpoints} holds the checkpoints of an unfinished run. Go on with --resume, "
-                    "replace it with --overwrite, or choose another folder (output_dir=OTHER)."
-                )
+            if not overwrite and not resume and not self.metrics.is_file():
+                self._refuse_unfinished()
             return
         files = (self.metrics, self.curves, self.updates, self.layers, self.environment, self.recipe)
         for path in (self.adapter, self.checkpoints, *files):
             if path.exists():
                 raise ValueError(f"output_dir: {path} is not of a dlor run. Choose another folder: output_dir=OTHER.")
+
+    def _refuse_unfinished(self) -> None:
+        remedy = "replace it with --overwrite, or give another folder (output_dir=OTHER)."
+        if any(self.checkpoints.glob("checkpoint-*")):
+            raise ValueError(
+                f"output_dir: {self.checkpoints} holds the checkpoints of an unfinished run. Go on with --resume, "
+                f"{remedy}"
+            )
+        if self.adapter.exists():
+            raise ValueError(
+                f"output_dir: {self.adapter} is of a run that broke off after it was trained. Keep it elsewhere, "
+                f"{remedy}"
+            )
 
     def finished_results(self, recipe: Recipe) -> dict[str, Any] | None:
         """The results of a finished run of the same recipe; None where no run is finished.

@@ -78,3 +78,10 @@ class Interrupts(TrainerCallback):
             self.stopped_at = state.global_step
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.stopped_at is not None:
+            # the Trainer calls this for an epoch that is broken off too
+            control.should_save = control.should_evaluate = False

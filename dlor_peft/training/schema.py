@@ -216,6 +216,9 @@ class OptimizerSection(Section):
     def _check_options(self) -> OptimizerSection:
         if self.options and self.name is None:
             raise ValueError("options are those of name: give name, or use training.optim_args")
+        for option, field in (("lr", "learning_rate"), ("weight_decay", "weight_decay")):
+            if option in self.options:
+                raise ValueError(f"options: {option} is training.{field}; set it there")
         return self
 
 
@@ -253,6 +256,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Recipe:
+        if self.optimizer and self.optimizer.name:
+            for field in ("optim", "optim_args", "learning_rate_mapping"):
+                if field in self.training:
+                    raise ValueError(f"training.{field} and optimizer.name choose the optimizer: drop one")
         if self.model.pooling and self.task.type != "text-classification":
             raise ValueError(f"model.pooling is for text-classification, but task.type is {self.task.type}: drop it")
         if isinstance(self.task, ClassificationSection):

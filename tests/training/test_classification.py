@@ -53,7 +53,7 @@ def test_a_finished_run_is_not_repeated(write_recipe, tmp_path, capsys):
     assert (tmp_path / "out" / "metrics.json").stat().st_mtime_ns == written
 
     assert main(["train", path, "adapter.r=1"]) == 2
-    assert "finished run of another recipe (different: adapter)" in capsys.readouterr().err
+    assert "finished run of another recipe (different: adapter.r)" in capsys.readouterr().err
 
     assert main(["train", path, "adapter.r=1", "--overwrite"]) == 0
     assert metrics_of(tmp_path)["recipe"]["adapter"]["r"] == 1

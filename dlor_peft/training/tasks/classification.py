@@ -16,6 +16,7 @@ from ..rows import source_of
 from ..schema import ClassificationSection, ModelSection, Recipe
 from .base import Comparison, Task
 from .batches import run_batches, without_autocast
+from .losses import cross_entropy
 from .probe import linear_probe, probe_head
 from .showing import show_row
 
@@ -79,6 +80,7 @@ class ClassificationTask(Task[torch.Tensor]):
             train_dataset=self.rows["train"],
             eval_dataset=self.rows.get("dev"),
             data_collator=DataCollatorWithPadding(self.tokenizer),
+            compute_loss_func=cross_entropy(arguments),
             compute_metrics=_accuracy,
         )
 

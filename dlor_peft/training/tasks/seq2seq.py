@@ -12,6 +12,7 @@ from ..optimiser import with_optimizer
 from ..schema import ModelSection, Recipe, Seq2SeqSection
 from .base import Comparison, Task
 from .generation import Generation, compare_generations, generate
+from .losses import cross_entropy
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -57,6 +58,7 @@ class Seq2SeqTask(Task[list[Generation]]):
             train_dataset=self.rows["train"],
             eval_dataset=self.rows.get("dev"),
             data_collator=DataCollatorForSeq2Seq(self.tokenizer, model=model),
+            compute_loss_func=cross_entropy(arguments),
             processing_class=self.tokenizer,
         )
 
