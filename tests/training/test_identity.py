@@ -21,7 +21,6 @@ def write(write_recipe, tmp_path):
         write_rows(tmp_path / "rows.jsonl", [{"text": "First Citizen:\nWe are accounted poor citizens."}] * 8)
         return write_recipe(
             model={"path": str(TOKENIZER), "dtype": "float32", "weights": "identity", **model},
-            optimizer=None,
             task={"type": "sft", "prompts": 1, "new_tokens": 4},
             data={"files": {"train": "rows.jsonl", "test": "rows.jsonl"}},
             adapter={"peft_type": "DLOR", "r": 2, "target_modules": "all-linear", "modules_to_save": list(saved)},

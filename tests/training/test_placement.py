@@ -56,7 +56,6 @@ def test_layers_elsewhere_train_as_in_one_place(write_recipe, tmp_path, on_disk)
     write_rows(tmp_path / "rows.jsonl", [{"text": "First Citizen:\nWe are accounted poor citizens."}] * 8)
     path = write_recipe(
         model={"path": str(TOKENIZER), "dtype": "float32"},
-        optimizer=None,
         task={"type": "sft", "prompts": 1, "new_tokens": 4},
         data={"files": {"train": "rows.jsonl", "test": "rows.jsonl"}},
         training={

@@ -11,7 +11,6 @@ def test_an_echo_is_learned_and_counted(write_recipe, tmp_path):
     write_rows(tmp_path / "rows.jsonl", [{"input": f"say {word}", "output": "yes"} for word in ("a", "b", "c", "d")])
     path = write_recipe(
         model={"path": str(model), "dtype": "float32"},
-        optimizer=None,
         task={"type": "seq2seq", "generations": 3, "max_output_tokens": 6},
         data={"files": {"train": "rows.jsonl", "dev": "rows.jsonl", "test": "rows.jsonl"}},
         adapter={"peft_type": "DLOR", "r": 4, "target_modules": "all-linear"},
