@@ -84,7 +84,7 @@ def initialize_from_data(
             f"dlor_peft.initialisation: num_batches must be at least 1, but it is {num_batches!r}. Leave it out to "
             "take all batches."
         )
-    layers = _fresh_layers(model, adapter_name)
+    layers = layers_to_start(model, adapter_name)
     sketches = _empty_sketches(layers, adapter_name)
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     total = num_batches if num_batches is not None else _length(dataloader)
@@ -113,7 +113,7 @@ def initialize_from_data(
         set_directions(layers[name], adapter_name, [sketch.directions(form.depth * form.r).to(sketch.Y)])
 
 
-def _fresh_layers(model: nn.Module, adapter_name: str) -> dict[str, ActivationLayer]:
+def layers_to_start(model: nn.Module, adapter_name: str) -> dict[str, ActivationLayer]:
     """The layers to start; ValueError where one cannot be, or there is none."""
     named = {name: layer for name, layer in model.named_modules() if isinstance(layer, DLoRLayer)}
     if not any(adapter_name in layer.form for layer in named.values()):

@@ -53,6 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
         from ..training.folder import atomic
     except ModuleNotFoundError as error:
         raise ImportError(f"dlor eval needs {error.name}: install dlor-peft with its extra 'train'") from error
+    if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
+        raise FileNotFoundError(f"--json: there is no folder for {arguments.json}. Make it first.")
     recipe, adapter = find_adapter(name, overrides, arguments.adapter)
     results = evaluate(recipe, adapter, tasks, arguments.lm_eval_include)
     print(evaluation_table(results))

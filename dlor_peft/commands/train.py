@@ -10,8 +10,8 @@ from .reporting import report
 DEFAULT_RECIPE = "quickstart"
 
 EPILOG = """\
-A recipe is a YAML file with the keys model, task, data, adapter, training, output_dir and seed. Any of its values can
-be overridden, nested ones by dotted keys; the values are YAML:
+A recipe is a YAML file with the keys model, task, data, adapter, training, optimizer, start_batches, watch, verify,
+output_dir and seed. Any of its values can be overridden, nested ones by dotted keys; the values are YAML:
 
   dlor train                                            the quickstart: BANKING77, a few CPU minutes
   dlor train quickstart adapter.r=4 output_dir=runs/r4   other values
@@ -45,8 +45,9 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         metavar="RECIPE, key=value",
         help=f"a recipe's path, or the name of a packaged one (default: {DEFAULT_RECIPE}); then overrides",
     )
-    parser.add_argument("--explain", action="store_true", help="print the resolved recipe with origins, and stop")
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--explain", action="store_true", help="print the resolved recipe with origins, and stop")
+    instead.add_argument(
         "--dry-run",
         action="store_true",
         help="check all of it without weights, print what would be trained on what and its memory, and stop",

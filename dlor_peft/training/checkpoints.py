@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import re
 import shutil
@@ -28,6 +29,15 @@ if TYPE_CHECKING:
 
     from .schema import Recipe
 
+FREE = (
+    "output_dir",
+    "verify",
+    "training.report_to",
+    "training.disable_tqdm",
+    "training.save_total_limit",
+)
+"""What a recipe may change where it resumes: none of it decides what is trained."""
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -38,6 +48,9 @@ class Checkpoint:
     path: Path
     step: int
     num_keys: int
+    files: list[str]
+    """All others in it, by their names from its folder on: what the run goes on from."""
+
     devices: dict[str, Any]
     """How many processes wrote it, and how the model was spread over them."""
 
@@ -93,8 +106,13 @@ def find_checkpoint(folder: RunFolder, recipe: Recipe) -> tuple[Checkpoint, list
             f"--resume: {folder.checkpoints} holds no complete checkpoint. Start anew without --resume"
             f"{' and with --overwrite' if later else ''}; training.save_strategy says when a run saves."
         )
+    if lost := [file for file in checkpoint.files if not (checkpoint.path / file).is_file()]:
+        raise ValueError(
+            f"--resume: {checkpoint.path} lacks {lost[0]}, which was in it when it was saved: the run would not go on "
+            "as it was. Move the folder away to resume from the checkpoint before it, or start anew with --overwrite."
+        )
     wanted = recipe.model_dump(mode="json")
-    if changed := [name for name in changed_keys(wanted, checkpoint.recipe) if name != "output_dir"]:
+    if changed := [name for name in changed_keys(wanted, checkpoint.recipe) if name not in FREE]:
         raise ValueError(
             f"--resume: {checkpoint.path} is of another recipe (different: {', '.join(changed)}). Resume with the "
             "recipe of that run, which recipe.yaml in its folder holds, or choose another folder (output_dir=OTHER)."
@@ -180,6 +198,7 @@ class CheckpointMarks(TrainerCallback):
         self.start: dict[str, Any] = {}
         self.epoch_rng = ""
         self._resumed = False
+        self._saved_step: int | None = None
         self._trainer = trainer
         self._folder = folder
         self._recipe = recipe.model_dump(mode="json")
@@ -190,7 +209,11 @@ class CheckpointMarks(TrainerCallback):
         trainer._save_checkpoint = self._save_or_explain
 
     def _save_or_explain(self, *args: Any, **kwargs: Any) -> None:
-        path = self._folder.checkpoints / f"checkpoint-{self._trainer.state.global_step}"
+        step = self._trainer.state.global_step
+        if step == self._saved_step:
+            # the Trainer may save at the end of a step and again at the end of its epoch
+            return
+        path = self._folder.checkpoints / f"checkpoint-{step}"
         if is_main():
             (path / CHECKPOINT_MARK).unlink(missing_ok=True)
         with explained(path, self._folder):
@@ -215,6 +238,8 @@ class CheckpointMarks(TrainerCallback):
         torch.set_rng_state(torch.tensor(list(b64decode(self.epoch_rng)), dtype=torch.uint8))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == self._saved_step:
+            return
         path = self._folder.checkpoints / f"checkpoint-{state.global_step}"
         with explained(path, self._folder):
             # each process has written its own part by now
@@ -230,6 +255,7 @@ class CheckpointMarks(TrainerCallback):
                     path,
                     step=state.global_step,
                     num_keys=num_keys,
+                    files=sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()),
                     devices=devices(self._trainer),
                     recipe=self._recipe,
                     start=self.start,
@@ -243,6 +269,7 @@ class CheckpointMarks(TrainerCallback):
                 use_mtime=False,
             )
         wait_for_all()
+        self._saved_step = state.global_step
 
 
 def devices(trainer: Trainer) -> dict[str, Any]:
@@ -266,11 +293,17 @@ def explained(path: Path, folder: RunFolder) -> Iterator[None]:
         places = {Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)}
         if type(error) is RuntimeError and Path(torch.serialization.__file__) not in places:
             raise
-        checkpoint, _ = last_complete(folder)
+        # the others have no number
+        is_full = getattr(error, "errno", None) in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "make room" if is_full else "mend that"
+        try:
+            checkpoint, _ = last_complete(folder)
+        except ValueError:
+            checkpoint = None
         left = (
-            f"The last complete checkpoint, {checkpoint.path}, is intact: make room, then run the same command with "
+            f"The last complete checkpoint, {checkpoint.path}, is intact: {remedy}, then run the same command with "
             "--resume."
             if checkpoint
-            else "There is no earlier checkpoint. Make room, then run the same command with --overwrite."
+            else f"There is no earlier checkpoint: {remedy}, then run the same command with --overwrite."
         )
         raise OSError(f"{path} could not be written: {error}. {left}") from error

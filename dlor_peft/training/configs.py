@@ -48,6 +48,9 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
         raise ValueError("training.save_only_model: a checkpoint without the optimizer cannot be resumed; drop it.")
     if recipe.training.get("hub_token"):
         raise ValueError("training.hub_token: a recipe is no place for a secret. Run hf auth login, or set HF_TOKEN.")
+    for name in ("hub_strategy", "hub_always_push"):
+        if name in recipe.training:
+            raise ValueError(f"training.{name}: dlor train pushes once, the finished adapter; drop it.")
     values = _check_fields(arguments_class, recipe.training, "training")
     # a loss that is not finite is no loss to hide: `divergence` stops at it
     values.setdefault("logging_nan_inf_filter", False)

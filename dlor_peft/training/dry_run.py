@@ -21,6 +21,7 @@ from .folder import RunFolder
 from .hub_access import check_push
 from .matching import describe_targets, unmatched
 from .memory import StepMemory, step_memory
+from .optimiser import check_optimiser
 from .quantization import build_quantization
 from .report import parameter_table, trainable_parameters
 from .rows import check_lengths
@@ -91,7 +92,7 @@ class _DryRun:
         with self._noted():
             arguments = build_training_arguments(self.recipe)
             if arguments.push_to_hub:
-                print(f"training.push_to_hub: {check_push(arguments)}")
+                print(f"training.push_to_hub: {check_push(arguments, self.recipe.output_dir)}")
 
     def build(self) -> None:
         task = trainer = None
@@ -130,7 +131,10 @@ class _DryRun:
             trainer = task.build_empty_trainer(model, arguments)
         except RuntimeError as error:
             raise ValueError(f"training: the trainer refuses these values: {error}") from error
-        check_lengths(trainer, self.recipe)
+        with self._noted():
+            check_optimiser(trainer, self.recipe)
+        with self._noted():
+            check_lengths(trainer, self.recipe)
         return trainer
 
     def _estimate(self, trainer: Trainer, batch: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Whether a run may push to the Hub: asked before it, and without making a repository."""
+"""training.push_to_hub: whether a run may, asked before it without making a repository; and the push itself."""
 
 from __future__ import annotations
 
@@ -12,20 +12,43 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
-def check_push(arguments: TrainingArguments) -> str:
+def push_adapter(folder: Path, name: str, arguments: TrainingArguments) -> str:
+    """The address of the repository that has the adapter in `folder` now.
+
+    Raises:
+        OSError: the Hub refuses; the folder is as it was.
+    """
+    api = HfApi()
+    try:
+        repo = api.create_repo(name, private=arguments.hub_private_repo, exist_ok=True).repo_id
+        commit = "Adapter trained with dlor train"
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=commit, revision=arguments.hub_revision)
+    except (LocalTokenNotFoundError, HfHubHTTPError, OSError) as error:
+        raise OSError(
+            f"the adapter is in {folder}, but could not be pushed: {error} To try again: hf upload {name} {folder}"
+        ) from error
+    return f"{api.endpoint}/{repo}"
+
+
+def repository(arguments: TrainingArguments, output_dir: str) -> str:
+    """training.hub_model_id, or the name of the run's folder."""
+    return arguments.hub_model_id or Path(output_dir).absolute().name
+
+
+def check_push(arguments: TrainingArguments, output_dir: str) -> str:
     """The repository that would be pushed to, and who is logged in.
 
     Raises:
         ValueError: nobody is, or the token or its owner may not write there.
     """
     try:
-        me: dict[str, Any] = HfApi().whoami(token=arguments.hub_token)
+        me: dict[str, Any] = HfApi().whoami()
     except (LocalTokenNotFoundError, HfHubHTTPError, OSError) as error:
         raise ValueError(
             f"training.push_to_hub: the Hub does not know you: {error} Log in with `hf auth login`, or drop "
             "training.push_to_hub."
         ) from error
-    name = arguments.hub_model_id or Path(str(arguments.output_dir)).absolute().name
+    name = repository(arguments, output_dir)
     owner, _, _ = name.rpartition("/")
     organisations = {found["name"]: found.get("roleInOrg") for found in me.get("orgs", ())}
     if owner not in ("", me["name"], *organisations):

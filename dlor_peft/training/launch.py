@@ -102,7 +102,10 @@ def _environment(on_cpu: bool, by_deepspeed: bool, count: int) -> Iterator[None]
 @contextmanager
 def _relayed_signals() -> Iterator[None]:
     def relay(number: int, frame: FrameType | None) -> None:
-        for child in psutil.Process().children():
+        children = psutil.Process().children()
+        if not children:
+            raise KeyboardInterrupt
+        for child in children:
             child.send_signal(number)
 
     former = {number: signal.signal(number, relay) for number in RELAYED}

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 from transformers import Trainer
 
-from dlor_peft.initialisation import initialize_from_data
+from dlor_peft.initialisation import initialize_from_data, layers_to_start
 from dlor_peft.optimiser import create_dlor_optimizer
 
-from .schema import OptimizerSection
+from .schema import OptimizerSection, Recipe
 from .sources import suggest
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
@@ -34,10 +36,8 @@ def with_optimizer(trainer_class: type[AnyTrainer], section: OptimizerSection | 
             if self.optimizer is None:
                 adapted = self.model if model is None else model
                 assert adapted is not None
-                try:
+                with _named("optimizer"):
                     self.optimizer = self._create(adapted)
-                except (TypeError, ValueError) as error:
-                    raise ValueError(f"optimizer: {error}") from error
             assert isinstance(self.optimizer, torch.optim.Optimizer)
             return self.optimizer
 
@@ -67,6 +67,30 @@ def with_optimizer(trainer_class: type[AnyTrainer], section: OptimizerSection | 
     return RecipeOptimizerTrainer
 
 
+def check_optimiser(trainer: Trainer, recipe: Recipe) -> None:
+    """What `optimizer` and `start_batches` ask of the trainer's model can be had.
+
+    Raises:
+        ValueError: a rate, limit or start that would have no effect on it, or cannot be kept.
+    """
+    if recipe.optimizer is not None:
+        # made, looked at and thrown away: the trainer makes its own when it has placed the model
+        trainer.create_optimizer()
+        trainer.optimizer = None
+    if recipe.start_batches is not None:
+        assert trainer.model is not None
+        with _named("start_batches"):
+            layers_to_start(trainer.model, "default")
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
 def start_from_data(trainer: Trainer, num_batches: int) -> None:
     """`initialize_from_data` over the first training batches, where the trainer's model is; all processes must call.
 
@@ -77,9 +101,8 @@ def start_from_data(trainer: Trainer, num_batches: int) -> None:
     assert model is not None
     dataloader: Any = trainer.get_train_dataloader()
     try:
-        initialize_from_data(model, dataloader, num_batches=num_batches, progress=not trainer.args.disable_tqdm)
-    except ValueError as error:
-        raise ValueError(f"start_batches: {error}") from error
+        with _named("start_batches"):
+            initialize_from_data(model, dataloader, num_batches=num_batches, progress=not trainer.args.disable_tqdm)
     finally:
         # accelerate takes it for the one that is being trained on until it is exhausted
         dataloader.end()

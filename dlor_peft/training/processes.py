@@ -45,6 +45,8 @@ def run_one(function: Callable[[], int], report: Callable[[BaseException], int])
         code = function()
     except BaseException as error:
         if is_lost_connection(error):
+            if is_main():
+                print(f"dlor: the processes lost each other: {' '.join(str(error).split())}", file=sys.stderr)
             return LOST
         if not is_main():
             # the main process mostly fails with the same, and the launcher ends this one while it waits

@@ -53,11 +53,15 @@ def check_lengths(trainer: Trainer, recipe: Recipe) -> None:
     }
     packed = getattr(trainer.args, "packing", False)
     for split, rows in (("train", trainer.train_dataset), ("dev", trainer.eval_dataset)):
-        columns = getattr(rows, "column_names", None)
-        if rows is None or not columns or "input_ids" not in columns:
+        lengths = _lengths(rows)
+        if lengths is None:
             continue
-        lengths = [len(ids) for ids in rows["input_ids"]]  # pyright: ignore[reportArgumentType, reportCallIssue, reportIndexIssue]
         where = source_of(recipe, split)
+        if not lengths:
+            raise ValueError(
+                f"{where}: no row is left: all are longer than training.max_length "
+                f"({limits['training.max_length']} tokens). Raise it."
+            )
         if positions and (long := [row for row, length in enumerate(lengths, 1) if length > positions]):
             raise ValueError(
                 f"{where}: {len(long)} of {len(lengths)} rows are longer than the {positions} positions of the model, "
@@ -73,3 +77,15 @@ def check_lengths(trainer: Trainer, recipe: Recipe) -> None:
                     stacklevel=2,
                 )
                 break
+
+
+def _lengths(rows: Any) -> list[int] | None:
+    """The tokens of each row; of a preference those of its longer answer, with the prompt. None where the trainer
+    encodes the rows batch by batch."""
+    columns = getattr(rows, "column_names", None) or ()
+    if "input_ids" in columns:
+        return [len(ids) for ids in rows["input_ids"]]
+    if {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(columns):
+        parts = (rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"])
+        return [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in zip(*parts, strict=True)]
+    return None

@@ -30,9 +30,10 @@ from .checkpoints import (
 from .configs import build_adapter_config, build_training_arguments
 from .environment import write_environment
 from .folder import RunFolder, atomic
+from .hub_access import push_adapter, repository
 from .interrupts import StoppedError
 from .load import save_base
-from .optimiser import start_from_data
+from .optimiser import check_optimiser, start_from_data
 from .processes import decided_by_main, holds_weights, is_main, main_first, wait_for_all
 from .report import (
     installed_versions,
@@ -101,6 +102,9 @@ def train(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> dict
             folder.write_metrics(results)
         print(result_table(results))
         print(f"written to {folder.path}")
+        arguments = build_training_arguments(recipe)
+        if arguments.push_to_hub:
+            print(f"pushed to {push_adapter(folder.adapter, repository(arguments, recipe.output_dir), arguments)}")
     wait_for_all()
     return results
 
@@ -128,9 +132,12 @@ def _fit(recipe: Recipe, task: Task[Any], folder: RunFolder, checkpoint: Checkpo
     parameters = trainable_parameters(model)
     print(parameter_table(parameters))
     arguments = build_training_arguments(recipe)
+    # what the Trainer would push are checkpoints
+    arguments.push_to_hub = False
     shard_on_cpu(arguments)
     with folder.spared():
         trainer = _build_trainer(task, model, arguments)
+        check_optimiser(trainer, recipe)
         check_lengths(trainer, recipe)
         if checkpoint is not None:
             _check_devices(checkpoint, trainer)
@@ -147,7 +154,9 @@ def _fit(recipe: Recipe, task: Task[Any], folder: RunFolder, checkpoint: Checkpo
             if recipe.start_batches is not None:
                 start_from_data(trainer, recipe.start_batches)
             with clock("before"):
-                marks.start = {"before": measure()[1], "baseline": baseline}
+                before = measure()[1]
+            _check_defined(before)
+            marks.start = {"before": before, "baseline": baseline}
         else:
             marks.resume(checkpoint)
             print(f"resuming at step {checkpoint.step}, from {checkpoint.path}")
@@ -225,6 +234,15 @@ def _check_finite(metrics: dict[str, float]) -> None:
             raise DivergenceError(
                 f"training diverged: the test {name} is {value}. Nothing was saved. Lower training.learning_rate, or "
                 "raise training.warmup_steps."
+            )
+
+
+def _check_defined(metrics: dict[str, float]) -> None:
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise ValueError(
+                f"data: the test {name} is {value} before the first step, so that no training could be measured. Look "
+                "at the test split, constant scores for example, and at model.dtype."
             )
 
 

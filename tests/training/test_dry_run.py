@@ -241,6 +241,21 @@ def test_hub_permission(write_recipe, tmp_path, me, asked, message):
         assert not hub.repos
 
 
+def test_the_finished_adapter_is_pushed(write_recipe, tmp_path):
+    with HubServer() as hub:
+        command = [sys.executable, "-m", "dlor_peft.cli", "train", str(write_recipe()), *ASKED]
+        words = ["training.save_strategy=steps", "training.save_steps=1"]
+        done = subprocess.run(
+            [*command, *words], env=hub.environment(tmp_path / "home"), capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"pushed to {hub.url}/me/adapter" in done.stdout
+        pushed, folder = hub.files("me/adapter"), tmp_path / "out" / "adapter"
+        assert {path.name for path in folder.iterdir()} <= set(pushed)
+        assert pushed["adapter_model.safetensors"] == (folder / "adapter_model.safetensors").read_bytes()
+        assert not any("checkpoint" in name or name.startswith("optimizer") for name in pushed)
+
+
 def test_a_model_of_the_hub_costs_its_config_and_tokenizer(write_recipe, encoder, tmp_path):
     with HubServer() as hub:
         hub.add_repo("me/encoder", encoder)

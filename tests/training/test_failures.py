@@ -119,3 +119,61 @@ def test_the_card_of_another_method_does_not_claim_to_be_dlor_s(write_recipe, tm
     assert "DLoR" not in card.text
     assert "| steps | 2 |" in card.text
     assert "load_trained(" in card.text
+
+
+def finished(write_recipe, tmp_path, **sections):
+    """A recipe whose run is finished, and what is in its folder."""
+    path = write_recipe(**sections)
+    assert main(["train", str(path), "training.save_strategy=steps", "training.save_steps=1"]) == 0
+    return path, sorted(file.relative_to(tmp_path) for file in (tmp_path / "out").rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["optimizer={max_ratio: 0.5}"], "max_ratio guarantees nothing"),
+        (["optimizer={diag_lr_ratio: 2}", "adapter.diagonal=none"], "diag_lr_ratio"),
+        (["start_batches=1", "adapter.r=0"], "start_batches: "),
+        (["optimizer={name: Adamm}"], "optimizer.name: torch.optim has no 'Adamm'. Did you mean 'Adam'?"),
+    ],
+)
+def test_what_the_optimizer_refuses_leaves_the_finished_run(write_recipe, tmp_path, capsys, words, message):
+    path, before = finished(write_recipe, tmp_path)
+    assert message in error_of(capsys, path, "--overwrite", *words)
+    assert sorted(file.relative_to(tmp_path) for file in (tmp_path / "out").rglob("*")) == before
+
+
+def test_an_adapter_without_metrics_is_not_replaced_unasked(write_recipe, tmp_path, capsys):
+    path = write_recipe()
+    assert main(["train", str(path)]) == 0
+    (tmp_path / "out" / "metrics.json").unlink()
+    assert "is of a run that broke off after it was trained" in error_of(capsys, path, "adapter.r=1")
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["optimizer={name: SGD, options: {lr: 5.0}}"], "lr is training.learning_rate"),
+        (["optimizer={name: SGD}", "training.optim=adafactor"], "training.optim and optimizer.name"),
+        (["training.save_only_model=true"], "cannot be resumed"),
+        (["training.hub_token=hf_x"], "no place for a secret"),
+    ],
+)
+def test_what_would_be_ignored_or_lost_is_refused(write_recipe, capsys, words, message):
+    assert message in error_of(capsys, write_recipe(), *words)
+
+
+def test_damaged_checkpoints_are_kept(write_recipe, tmp_path, capsys):
+    path, _ = finished(write_recipe, tmp_path)
+    words = [path, "training.save_strategy=steps", "training.save_steps=1", "--resume"]
+    (tmp_path / "out" / "metrics.json").unlink()
+    last = tmp_path / "out" / "checkpoints" / "checkpoint-2"
+    (last / "optimizer.pt").rename(tmp_path / "optimizer.pt")
+    assert "lacks optimizer.pt" in error_of(capsys, *words)
+    (tmp_path / "optimizer.pt").rename(last / "optimizer.pt")
+    mark = last / "dlor_checkpoint.json"
+    mark.write_text(json.dumps({**json.loads(mark.read_text()), "new": 1}))
+    assert "written by another version of dlor-peft" in error_of(capsys, *words)
+    assert (last / "optimizer.pt").is_file()

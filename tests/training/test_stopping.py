@@ -173,7 +173,7 @@ def test_a_full_disk_when_the_adapter_is_saved(write_recipe, tmp_path, capsys):
         assert main(["train", str(path), "--overwrite"]) == 2
     error = capsys.readouterr().err
     assert f"dlor: error: {tmp_path}/out/adapter could not be written: " in error
-    assert "There is no earlier checkpoint. Make room, then run the same command with --overwrite." in error
+    assert "There is no earlier checkpoint: make room, then run the same command with --overwrite." in error
     left = sorted(file.name for file in (tmp_path / "out").iterdir())
     assert left == ["environment.json", "layers.jsonl", "recipe.yaml"]
 
