@@ -52,9 +52,9 @@ class CountLive(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            # no data, no value: any will do for a metric that is logged, and True for "is nothing masked"
+            # no data, no value: True for "is nothing masked", and a number that can be divided by, and by 1 less it
             dtype = args[0].dtype
-            return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+            return True if dtype == torch.bool else 0.5 if dtype.is_floating_point else 1
         if func is torch.ops.aten.index.Tensor:
             args = (args[0], _without_masks(args[1]))
         made = func(*args, **(kwargs or {}))
@@ -107,7 +107,9 @@ def step_memory(trainer: Trainer, batch: Mapping[str, Any], quantization: Any = 
         activations = _peak(trainer, model, fake)
         optimizer = trainer.create_optimizer()
         gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-        optimizer.step()
+        with CountLive(()):
+            # for what looks at values after a step, as a limit does
+            optimizer.step()
         states = sum(leaf.nbytes for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, Tensor))
         checkpointed = None
         if inner is not None:

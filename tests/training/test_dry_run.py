@@ -133,6 +133,7 @@ def test_a_chat_is_shown_as_the_template_renders_it(sft, tmp_path, capsys):
             ["adapter.target_modules=[query]", "adapter.layers_to_transform=[0, 7]"],
             r"adapter\.layers_to_transform: 7 matches nothing\. There: 0",
         ),
+        (["optimizer={name: Muon}"], r"optimizer: Muon only supports 2D"),
         (["adapter.target_modules=[nope]"], r"adapter: .*adapter.target_modules is .*nope"),
         (["adapter.target_modules=nope"], r"adapter: .*adapter.target_modules is .*nope"),
         (["data.columns.label=lable"], r"data\.columns\.label: the \w+ split has no column 'lable'"),
@@ -311,6 +312,14 @@ def test_the_estimated_memory_is_what_a_step_allocates(write_recipe, tmp_path, c
     frozen = [t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad]
     assert estimated.weights == sum(t.nbytes for t in frozen)
     assert estimated.sharded(4, checkpointed) < estimated.total(checkpointed)
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["optimizer={max_ratio: 0.5, u_lr_ratio: 2.0}", "optimizer={name: NAdam}", "training.optim=adafactor"]
+)
+def test_the_states_of_any_optimizer_are_counted(write_recipe, capsys, optimizer):
+    told = dry(capsys, write_recipe(), "adapter.mode=multiplicative", optimizer)
+    assert re.search(r"^optimizer +\d", told, re.MULTILINE)
 
 
 def test_a_finished_run_is_not_touched(write_recipe, tmp_path, capsys):
