@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .layers import DLoRLayer
+from .layers import DLoRLayer, owned_adapters
 from .layers.placement import overwrite, whole
 from .maths import spectral_norm
 
@@ -89,22 +89,20 @@ def check_limits(max_ratio: float, max_spread: float | None) -> None:
 def capped_tensors(model: nn.Module, adapter_name: str | None = None) -> list[Capped]:
     """What a limit applies to; ValueError where it would guarantee nothing."""
     capped = []
-    for name, layer in model.named_modules():
-        for adapter in layer.form if isinstance(layer, DLoRLayer) else ():
-            assert isinstance(layer, DLoRLayer)
-            one = Capped(name, layer, adapter)
-            if adapter in layer.tied_to or adapter_name not in (None, adapter):
-                continue
-            if adapter_name is None and not any(one.parameter(part).requires_grad for part in one.shapes):
-                continue
-            form = layer.form[adapter]
-            if form.mode != "multiplicative" and (form.mode == "additive" or form.r):
-                raise ValueError(
-                    f"dlor_peft.cap: max_ratio guarantees nothing for {name!r}, whose mode is {form.mode!r}: its "
-                    "update adds to the weight, and is no square map that multiplies it. Use "
-                    'mode="multiplicative" (for some layers, mode_pattern), or leave max_ratio out.'
-                )
-            capped.append(one)
+    for name, layer, adapter in owned_adapters(model):
+        one = Capped(name, layer, adapter)
+        if adapter_name not in (None, adapter):
+            continue
+        if adapter_name is None and not any(one.parameter(part).requires_grad for part in one.shapes):
+            continue
+        form = layer.form[adapter]
+        if form.mode != "multiplicative" and (form.mode == "additive" or form.r):
+            raise ValueError(
+                f"dlor_peft.cap: max_ratio guarantees nothing for {name!r}, whose mode is {form.mode!r}: its "
+                "update adds to the weight, and is no square map that multiplies it. Use "
+                'mode="multiplicative" (for some layers, mode_pattern), or leave max_ratio out.'
+            )
+        capped.append(one)
     if not capped:
         which = "is trained" if adapter_name is None else f"is called {adapter_name!r}"
         raise ValueError(

@@ -19,7 +19,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .layers import DLoRLayer
+from .layers import DLoRLayer, owned_adapters
 from .layers.activation import ActivationLayer
 from .layers.placement import whole
 from .layers.start import fixed_normal, positive, set_directions
@@ -115,16 +115,16 @@ def initialize_from_data(
 
 def layers_to_start(model: nn.Module, adapter_name: str) -> dict[str, ActivationLayer]:
     """The layers to start; ValueError where one cannot be, or there is none."""
-    named = {name: layer for name, layer in model.named_modules() if isinstance(layer, DLoRLayer)}
-    if not any(adapter_name in layer.form for layer in named.values()):
-        known = sorted({adapter for layer in named.values() for adapter in layer.form})
+    owned = list(owned_adapters(model))
+    known = sorted({adapter for _, _, adapter in owned})
+    if adapter_name not in known:
         raise ValueError(
             f"dlor_peft.initialisation: the model has no DLoR adapter {adapter_name!r}. It has "
             f"{', '.join(map(repr, known)) or 'none'}."
         )
     started = {}
-    for name, layer in named.items():
-        if adapter_name not in layer.form or adapter_name in layer.tied_to:
+    for name, layer, adapter in owned:
+        if adapter != adapter_name:
             continue
         _check_fresh(name, layer, adapter_name)
         if layer.form[adapter_name].r == 0 or layer.factor_names(adapter_name)[1] != "dlor_V":

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FlatParameter
 from torch.utils.hooks import RemovableHandle
 
 from .cap import capped_tensors, check_limits, project
-from .layers import DLoRLayer
+from .layers import owned_adapters
 
 ROLES = ("diagonal", "U", "V", "other", "other_no_decay", "full", "full_no_decay")
 
@@ -193,15 +193,11 @@ def _roles(model: nn.Module) -> dict[nn.Parameter, str]:
 
 def _dlor_roles(model: nn.Module) -> dict[nn.Parameter, str]:
     roles = {}
-    for layer in model.modules():
-        for adapter_name in layer.form if isinstance(layer, DLoRLayer) else ():
-            assert isinstance(layer, DLoRLayer)
-            if adapter_name in layer.tied_to:
-                continue
-            deviation, directions = layer.factor_names(adapter_name)
-            names = {"dlor_diag": "diagonal", "dlor_diag_in": "diagonal", deviation: "U", directions: "V"}
-            for name in layer.form[adapter_name].shapes:
-                roles[getattr(layer, name)[adapter_name].weight] = names[name]
+    for _, layer, adapter_name in owned_adapters(model):
+        deviation, directions = layer.factor_names(adapter_name)
+        names = {"dlor_diag": "diagonal", "dlor_diag_in": "diagonal", deviation: "U", directions: "V"}
+        for name in layer.form[adapter_name].shapes:
+            roles[getattr(layer, name)[adapter_name].weight] = names[name]
     return roles
 
 

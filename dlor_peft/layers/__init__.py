@@ -11,13 +11,13 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from .attention import MultiheadAttention, UncalledLinear
-from .base import DLoRLayer
+from .base import DLoRLayer, owned_adapters
 from .conv import Conv
 from .embedding import Embedding
 from .linear import Linear
 from .parameter import ParamWrapper
 
-__all__ = ["DLoRLayer", "ParamWrapper", "layer_class"]
+__all__ = ["DLoRLayer", "ParamWrapper", "layer_class", "owned_adapters"]
 
 # the first match counts
 _CLASSES: tuple[tuple[type[nn.Module], type[DLoRLayer]], ...] = (

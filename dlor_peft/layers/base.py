@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any, Self
 
@@ -313,3 +313,12 @@ class DLoRLayer(WeightLayer):
 
     def __repr__(self) -> str:
         return "dlor." + super().__repr__()
+
+
+def owned_adapters(model: nn.Module) -> Iterator[tuple[str, DLoRLayer, str]]:
+    """(name of the layer, layer, adapter) of every DLoR adapter whose tensors are the layer's own: tied ones once."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, DLoRLayer):
+            for adapter_name in layer.form:
+                if adapter_name not in layer.tied_to:
+                    yield name, layer, adapter_name

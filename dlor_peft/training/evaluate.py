@@ -11,14 +11,13 @@ from accelerate.utils.memory import clear_device_cache
 from peft import PeftConfig, get_peft_model
 from transformers import set_seed
 
-from dlor_peft.deploy.tables import format_table
-
 from .configs import build_training_arguments
 from .load import attach, read_base, saved_modules
 from .recipe import load_recipe
-from .report import installed_versions
+from .report import installed_versions, metric_table
 from .schema import Recipe
 from .tasks import Task, task_class
+from .tasks.base import BaseSource
 
 # an evaluation writes nothing, and reports to nobody
 QUIET = {
@@ -106,18 +105,9 @@ def evaluate(recipe: Recipe, adapter: Path, lm_eval: Sequence[str] = (), include
 def evaluation_table(results: dict[str, Any]) -> str:
     """`evaluate`'s metrics for the eye: a row for each, a column for each state."""
     columns = {**results["test"], **({"baseline": results["baseline"]} if results["baseline"] else {})}
-    tables = [_table("test split", columns)]
-    if results["lm_eval"]:
-        tables.append(_table("lm-eval", results["lm_eval"]))
-    return "\n\n".join(tables)
-
-
-def _table(title: str, columns: dict[str, dict[str, float]]) -> str:
-    rows = [[title, *columns]]
-    for metric in next(iter(columns.values())):
-        cells = (column.get(metric) for column in columns.values())
-        rows.append([metric, *("-" if cell is None else f"{cell:.4f}" for cell in cells)])
-    return format_table(rows)
+    tables = {"test split": columns, **({"lm-eval": results["lm_eval"]} if results["lm_eval"] else {})}
+    # the base has every metric
+    return "\n\n".join(metric_table(title, table, table["base"]) for title, table in tables.items())
 
 
 def _models(task: Task[Any], adapter: Path, results: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -125,8 +115,10 @@ def _models(task: Task[Any], adapter: Path, results: dict[str, Any]) -> Iterator
     section = task.recipe.model
     config = PeftConfig.from_pretrained(str(adapter))
 
+    source = BaseSource(section, task.tokenizer, task.labels, saved_modules(adapter))
+
     def load_base() -> Any:
-        return task.load_base(section, task.tokenizer, task.labels, saved_modules(adapter))
+        return task.load_base(source)
 
     base = load_base()
     results["baseline"] = task.prepare(base)

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
-def push_adapter(folder: Path, name: str, arguments: TrainingArguments) -> str:
+def push_adapter(folder: Path, arguments: TrainingArguments, output_dir: str) -> str:
     """The address of the repository that has the adapter in `folder` now.
 
     Raises:
         OSError: the Hub refuses; the folder is as it was.
     """
-    api = HfApi()
+    api, name = HfApi(), _repository(arguments, output_dir)
     try:
         repo = api.create_repo(name, private=arguments.hub_private_repo, exist_ok=True).repo_id
         commit = "Adapter trained with dlor train"
@@ -30,7 +30,7 @@ def push_adapter(folder: Path, name: str, arguments: TrainingArguments) -> str:
     return f"{api.endpoint}/{repo}"
 
 
-def repository(arguments: TrainingArguments, output_dir: str) -> str:
+def _repository(arguments: TrainingArguments, output_dir: str) -> str:
     """training.hub_model_id, or the name of the run's folder."""
     return arguments.hub_model_id or Path(output_dir).absolute().name
 
@@ -48,7 +48,7 @@ def check_push(arguments: TrainingArguments, output_dir: str) -> str:
             f"training.push_to_hub: the Hub does not know you: {error} Log in with `hf auth login`, or drop "
             "training.push_to_hub."
         ) from error
-    name = repository(arguments, output_dir)
+    name = _repository(arguments, output_dir)
     owner, _, _ = name.rpartition("/")
     organisations = {found["name"]: found.get("roleInOrg") for found in me.get("orgs", ())}
     if owner not in ("", me["name"], *organisations):

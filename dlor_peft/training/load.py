@@ -13,6 +13,7 @@ from dlor_peft.card import describe
 
 from .schema import ModelSection, Recipe
 from .tasks import task_class
+from .tasks.base import BaseSource
 
 BASE = "dlor_base.json"
 
@@ -48,8 +49,8 @@ def load_trained(folder: str | Path) -> tuple[PeftModel, PreTrainedTokenizerBase
     description = read_base(folder)
     model = ModelSection.model_validate(description["model"])
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    base = task_class(description["task"]).load_base(model, tokenizer, description["labels"], saved_modules(folder))
-    return attach(base, folder), tokenizer
+    source = BaseSource(model, tokenizer, description["labels"], saved_modules(folder))
+    return attach(task_class(description["task"]).load_base(source), folder), tokenizer
 
 
 def saved_modules(folder: str | Path) -> list[str]:

@@ -24,7 +24,7 @@ def with_optimizer(trainer_class: type[AnyTrainer], section: OptimizerSection | 
     """A trainer class whose optimizer is that of the recipe; without a section, `trainer_class` itself.
 
     Raises:
-        ValueError: optimizer.name is no optimizer, or stands without a name's options.
+        ValueError: optimizer.name is no optimizer.
         ImportError: its package is not installed.
     """
     if section is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from matplotlib.figure import Figure
 
+from dlor_peft.deploy.adapter import PREFIX
 from dlor_peft.deploy.tables import format_table
 
 from .folder import atomic
@@ -47,7 +49,7 @@ def trainable_parameters(model: PeftModel) -> dict[str, Any]:
 
 def module_of(parameter: str, prefix: str) -> str:
     """The module, by its name in the base model, that a trained parameter is of; the method's start with `prefix`."""
-    return re.split(rf"\.(?:{re.escape(prefix)}|modules_to_save\.)", parameter.removeprefix("base_model.model."))[0]
+    return re.split(rf"\.(?:{re.escape(prefix)}|modules_to_save\.)", parameter.removeprefix(PREFIX))[0]
 
 
 def _size(parameter: torch.nn.Parameter) -> int:
@@ -68,18 +70,23 @@ def result_table(results: dict[str, Any]) -> str:
     columns = {"before": results["before"], "after": results["after"]}
     if baseline := results["baseline"]:
         columns[baseline["name"]] = baseline
-    rows = [["test split", *columns]]
-    for metric in results["after"]:
-        cells = (column.get(metric) for column in columns.values())
-        rows.append([metric, *("-" if value is None else f"{value:.4f}" for value in cells)])
     states = " and ".join(results["states"])
     compared = f"the outputs of the {states} adapter are those of the trained one"
     seconds = results["seconds"]
     return (
-        f"{format_table(rows)}\n"
+        f"{metric_table('test split', columns, results['after'])}\n"
         f"{compared if states else 'the saved adapter was not compared with the trained one (verify: false)'}\n"
         f"{seconds['total']:.0f} s in total, {seconds['training']:.0f} s of training ({results['steps']} steps)"
     )
+
+
+def metric_table(title: str, columns: Mapping[str, Mapping[str, float]], metrics: Iterable[str]) -> str:
+    """A row for each metric, a column for each state that was measured."""
+    rows = [[title, *columns]]
+    for metric in metrics:
+        cells = (column.get(metric) for column in columns.values())
+        rows.append([metric, *("-" if value is None else f"{value:.4f}" for value in cells)])
+    return format_table(rows)
 
 
 def save_curves(path: Path, history: list[dict[str, float]], results: dict[str, Any], headline: str) -> None:

@@ -30,7 +30,7 @@ from .checkpoints import (
 from .configs import build_adapter_config, build_training_arguments
 from .environment import write_environment
 from .folder import RunFolder, atomic
-from .hub_access import push_adapter, repository
+from .hub_access import push_adapter
 from .interrupts import StoppedError
 from .load import save_base
 from .optimiser import check_optimiser, start_from_data
@@ -102,9 +102,8 @@ def train(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> dict
             folder.write_metrics(results)
         print(result_table(results))
         print(f"written to {folder.path}")
-        arguments = build_training_arguments(recipe)
-        if arguments.push_to_hub:
-            print(f"pushed to {push_adapter(folder.adapter, repository(arguments, recipe.output_dir), arguments)}")
+        if recipe.training.get("push_to_hub"):
+            print(f"pushed to {push_adapter(folder.adapter, build_training_arguments(recipe), recipe.output_dir)}")
     wait_for_all()
     return results
 
@@ -155,7 +154,11 @@ def _fit(recipe: Recipe, task: Task[Any], folder: RunFolder, checkpoint: Checkpo
                 start_from_data(trainer, recipe.start_batches)
             with clock("before"):
                 before = measure()[1]
-            _check_defined(before)
+            if undefined := _not_finite(before):
+                raise ValueError(
+                    f"data: the {undefined} before the first step, so that no training could be measured. Look at the "
+                    "test split, constant scores for example, and at model.dtype."
+                )
             marks.start = {"before": before, "baseline": baseline}
         else:
             marks.resume(checkpoint)
@@ -177,7 +180,11 @@ def _fit(recipe: Recipe, task: Task[Any], folder: RunFolder, checkpoint: Checkpo
         )
     with clock("after"):
         trained, after = measure()
-    _check_finite(after)
+    if undefined := _not_finite(after):
+        raise DivergenceError(
+            f"training diverged: the {undefined}. Nothing was saved. Lower training.learning_rate, or raise "
+            "training.warmup_steps."
+        )
     results = {
         **marks.start,
         "after": after,
@@ -228,22 +235,9 @@ def _check_devices(checkpoint: Checkpoint, trainer: Trainer) -> None:
         )
 
 
-def _check_finite(metrics: dict[str, float]) -> None:
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            raise DivergenceError(
-                f"training diverged: the test {name} is {value}. Nothing was saved. Lower training.learning_rate, or "
-                "raise training.warmup_steps."
-            )
-
-
-def _check_defined(metrics: dict[str, float]) -> None:
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            raise ValueError(
-                f"data: the test {name} is {value} before the first step, so that no training could be measured. Look "
-                "at the test split, constant scores for example, and at model.dtype."
-            )
+def _not_finite(metrics: dict[str, float]) -> str | None:
+    """The first metric that is no number, in words."""
+    return next((f"test {name} is {value}" for name, value in metrics.items() if not math.isfinite(value)), None)
 
 
 class _Clock:

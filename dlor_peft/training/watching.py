@@ -15,16 +15,15 @@ from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from transformers import TrainerCallback
 
+from dlor_peft.deploy.adapter import PREFIX
 from dlor_peft.facts import LayerFacts, layer_facts
-from dlor_peft.layers import DLoRLayer
+from dlor_peft.layers import DLoRLayer, owned_adapters
 from dlor_peft.layers.placement import whole
 
 from .folder import atomic
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
-
-PREFIX = "base_model.model."
 
 Facts = dict[str, LayerFacts]
 """By the name of the layer in the base model."""
@@ -35,18 +34,11 @@ class DivergenceError(ValueError):
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, str, DLoRLayer]]:
-    """(name in the base model, adapter, layer), tied tensors once."""
+    """(name in the base model, adapter, layer) of the active adapters, tied tensors once."""
     unwrapped: Any = extract_model_from_parallel(model)
-    for name, layer in unwrapped.named_modules():
-        if isinstance(layer, DLoRLayer):
-            for adapter in layer.active_adapters:
-                if adapter in layer.form and adapter not in layer.tied_to:
-                    yield short_name(name), adapter, layer
-
-
-def short_name(name: str) -> str:
-    """The name in the base model of a module of the adapted one."""
-    return name.removeprefix(PREFIX).replace(".base_layer", "")
+    for name, layer, adapter in owned_adapters(unwrapped):
+        if adapter in layer.active_adapters:
+            yield name.removeprefix(PREFIX).replace(".base_layer", ""), adapter, layer
 
 
 def facts_of(model: nn.Module) -> Facts:

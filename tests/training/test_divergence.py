@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from peft import get_peft_model
+from samples import error_of
 
 from dlor_peft.cli import main
 from dlor_peft.training.callbacks import add_callbacks
@@ -19,11 +20,6 @@ from dlor_peft.training.watching import DivergenceError
 MULTIPLICATIVE = {"peft_type": "DLOR", "r": 2, "mode": "multiplicative", "depth": 2, "target_modules": "all-linear"}
 LORA = {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}
 LAYER = "encoder.encoder.layer.1.output.dense"
-
-
-def error_of(capsys, *arguments):
-    assert main(["train", *map(str, arguments)]) == 2
-    return capsys.readouterr().err
 
 
 def trainer_of(path, tmp_path, *overrides):

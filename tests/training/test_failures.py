@@ -5,14 +5,10 @@ import json
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from samples import error_of
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 from dlor_peft.cli import main
-
-
-def error_of(capsys, *arguments):
-    assert main(["train", *map(str, arguments)]) == 2
-    return capsys.readouterr().err
 
 
 def test_a_recipe_that_cannot_be_built_leaves_the_finished_run(write_recipe, tmp_path, capsys):

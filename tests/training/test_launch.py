@@ -2,14 +2,10 @@
 
 import pytest
 import yaml
+from samples import error_of
 
 from dlor_peft.cli import main
 from dlor_peft.training.launch import PACKAGED
-
-
-def error_of(capsys, *arguments):
-    assert main(["train", *map(str, arguments)]) == 2
-    return capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

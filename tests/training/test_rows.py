@@ -4,6 +4,7 @@ import os
 import re
 
 import pytest
+import samples
 from samples import TOKENIZER, TOPICS, write_rows
 
 from dlor_peft.cli import main
@@ -13,8 +14,7 @@ SFT = {"model": {"path": str(TOKENIZER), "dtype": "float32"}, "task": {"type": "
 
 
 def error_of(capsys, *arguments):
-    assert main(["train", *map(str, arguments)]) == 2
-    error = capsys.readouterr().err.strip()
+    error = samples.error_of(capsys, *arguments).strip()
     assert error.count("dlor: error:") == 1
     return error
 

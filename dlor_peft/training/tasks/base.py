@@ -26,6 +26,20 @@ model, tokenizer = load_trained("path/of/this/adapter")
 
 
 @dataclasses.dataclass(frozen=True)
+class BaseSource:
+    """What a base model is made of."""
+
+    model: ModelSection
+    tokenizer: PreTrainedTokenizerBase
+
+    labels: list[str] | None
+    """Names of the classes, for a classifier."""
+
+    modules_to_save: Collection[str]
+    """Modules that the adapter trains and saves in full: only they may be missing in the checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Comparison:
     """How one state's outputs compare with the trained adapter's."""
 
@@ -79,23 +93,13 @@ class Task(ABC, Generic[Outputs]):
 
     @classmethod
     @abstractmethod
-    def load_base(
-        cls,
-        model: ModelSection,
-        tokenizer: PreTrainedTokenizerBase,
-        labels: list[str] | None,
-        modules_to_save: Collection[str],
-    ) -> PreTrainedModel:
-        """A fresh base model in evaluation mode.
-
-        `modules_to_save` are those that the adapter trains and saves in full: only they may be missing in the
-        checkpoint.
-        """
+    def load_base(cls, source: BaseSource) -> PreTrainedModel:
+        """A fresh base model in evaluation mode."""
 
     def load_model(self) -> PreTrainedModel:
         """The base model of the recipe."""
         saved = (self.recipe.adapter.model_extra or {}).get("modules_to_save")
-        return self.load_base(self.recipe.model, self.tokenizer, self.labels, saved or ())
+        return self.load_base(BaseSource(self.recipe.model, self.tokenizer, self.labels, saved or ()))
 
     def build_empty(self) -> PreTrainedModel:
         """The base model of the recipe on the meta device, which needs its config and no weights."""

@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..data import draw_rows, load_splits
 from ..models import load_language_model, load_tokenizer
-from ..schema import DpoSection, ModelSection, Recipe, SftSection
-from .base import Comparison, Task
+from ..schema import DpoSection, Recipe, SftSection
+from .base import BaseSource, Comparison, Task
 from .generation import Generation, compare_generations, generate
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 class CausalTask(Task[list[Generation]]):
@@ -30,14 +28,8 @@ class CausalTask(Task[list[Generation]]):
         self.tokenizer = load_tokenizer(recipe.model)
 
     @classmethod
-    def load_base(
-        cls,
-        model: ModelSection,
-        tokenizer: PreTrainedTokenizerBase,
-        labels: list[str] | None,
-        modules_to_save: Collection[str],
-    ) -> PreTrainedModel:
-        return load_language_model(model, modules_to_save)
+    def load_base(cls, source: BaseSource) -> PreTrainedModel:
+        return load_language_model(source.model, source.modules_to_save)
 
     @abstractmethod
     def prompt(self, row: dict[str, Any]) -> str | list[dict[str, Any]]:

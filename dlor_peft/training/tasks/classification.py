@@ -13,19 +13,17 @@ from ..data import draw_rows, load_splits
 from ..models import load_classifier, load_tokenizer
 from ..optimiser import with_optimizer
 from ..rows import source_of
-from ..schema import ClassificationSection, ModelSection, Recipe
-from .base import Comparison, Task
+from ..schema import ClassificationSection, Recipe
+from .base import BaseSource, Comparison, Task
 from .batches import run_batches, without_autocast
 from .losses import cross_entropy
 from .probe import linear_probe, probe_head
 from .showing import show_row
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     from datasets import Dataset
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 class ClassificationTask(Task[torch.Tensor]):
@@ -51,15 +49,9 @@ class ClassificationTask(Task[torch.Tensor]):
         return TrainingArguments
 
     @classmethod
-    def load_base(
-        cls,
-        model: ModelSection,
-        tokenizer: PreTrainedTokenizerBase,
-        labels: list[str] | None,
-        modules_to_save: Collection[str],
-    ) -> PreTrainedModel:
-        assert labels is not None
-        return load_classifier(model, labels, tokenizer, modules_to_save)
+    def load_base(cls, source: BaseSource) -> PreTrainedModel:
+        assert source.labels is not None
+        return load_classifier(source.model, source.labels, source.tokenizer, source.modules_to_save)
 
     def prepare(self, model: Any) -> dict[str, Any] | None:
         if self.section.baseline is None and self.section.head_from_probe is None:

@@ -10,16 +10,14 @@ from ..data import draw_rows, load_splits
 from ..models import load_sentence_transformer, load_tokenizer, resolve_path
 from ..optimiser import with_optimizer
 from ..schema import EmbeddingSection, ModelSection, Recipe
-from .base import Comparison, Task
+from .base import BaseSource, Comparison, Task
 from .batches import without_autocast
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     from datasets import Dataset
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.evaluation import BaseEvaluator
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+    from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 USAGE = """\
 import dlor_peft  # makes DLOR known to PEFT
@@ -60,15 +58,9 @@ class EmbeddingTask(Task[torch.Tensor]):
         return SentenceTransformerTrainingArguments
 
     @classmethod
-    def load_base(
-        cls,
-        model: ModelSection,
-        tokenizer: PreTrainedTokenizerBase,
-        labels: list[str] | None,
-        modules_to_save: Collection[str],
-    ) -> PreTrainedModel:
+    def load_base(cls, source: BaseSource) -> PreTrainedModel:
         """The transformer alone: what turns its hidden states into an embedding has no weights that are trained."""
-        base: Any = load_sentence_transformer(model).transformers_model
+        base: Any = load_sentence_transformer(source.model).transformers_model
         return base
 
     def build_empty(self) -> PreTrainedModel:

@@ -9,16 +9,14 @@ from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTraining
 from ..data import draw_rows, load_splits
 from ..models import load_seq2seq_model, load_tokenizer
 from ..optimiser import with_optimizer
-from ..schema import ModelSection, Recipe, Seq2SeqSection
-from .base import Comparison, Task
+from ..schema import Recipe, Seq2SeqSection
+from .base import BaseSource, Comparison, Task
 from .generation import Generation, compare_generations, generate
 from .losses import cross_entropy
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+    from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 
 class Seq2SeqTask(Task[list[Generation]]):
@@ -42,14 +40,8 @@ class Seq2SeqTask(Task[list[Generation]]):
         return Seq2SeqTrainingArguments
 
     @classmethod
-    def load_base(
-        cls,
-        model: ModelSection,
-        tokenizer: PreTrainedTokenizerBase,
-        labels: list[str] | None,
-        modules_to_save: Collection[str],
-    ) -> PreTrainedModel:
-        return load_seq2seq_model(model, modules_to_save)
+    def load_base(cls, source: BaseSource) -> PreTrainedModel:
+        return load_seq2seq_model(source.model, source.modules_to_save)
 
     def build_trainer(self, model: Any, arguments: TrainingArguments) -> Trainer:
         return with_optimizer(Seq2SeqTrainer, self.recipe.optimizer)(
