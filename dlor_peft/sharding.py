@@ -41,7 +41,8 @@ def adapters_sharded_by_rows() -> Iterator[None]:
 
     For Accelerate, which does not pass it on: around `Trainer.train()` or `Accelerator.prepare()`. What is within a
     unit already is left to it: Accelerate makes one of the word embeddings even where a block of the model holds them,
-    as BERT's does, and torch refuses to shard twice.
+    as BERT's does, and torch refuses to shard twice. So is what has no parameters: Accelerate makes a unit of the last
+    normalisation, which a SentenceTransformer's may do without.
     """
     original = torch.distributed.fsdp.fully_shard
 
@@ -50,7 +51,7 @@ def adapters_sharded_by_rows() -> Iterator[None]:
         # of two dimensions FSDP2 replicates over the first
         num_devices = dist.get_world_size() if mesh is None else mesh.size(mesh.ndim - 1)
         kwargs.setdefault("shard_placement_fn", shard_placement(num_devices))
-        rest = [one for one in ([module] if isinstance(module, nn.Module) else module) if not _is_within_unit(one)]
+        rest = [one for one in ([module] if isinstance(module, nn.Module) else module) if _is_unit(one)]
         if rest:
             original(rest[0] if len(rest) == 1 else rest, mesh=mesh, **kwargs)
         return module
@@ -62,7 +63,7 @@ def adapters_sharded_by_rows() -> Iterator[None]:
         torch.distributed.fsdp.fully_shard = original  # pyright: ignore[reportPrivateImportUsage]
 
 
-def _is_within_unit(module: nn.Module) -> bool:
+def _is_unit(module: nn.Module) -> bool:
     parameters = list(module.parameters())
     holds_unit = any(isinstance(part, torch.distributed.fsdp.FSDPModule) for part in module.modules())
-    return bool(parameters) and not holds_unit and all(isinstance(parameter, DTensor) for parameter in parameters)
+    return holds_unit or not all(isinstance(parameter, DTensor) for parameter in parameters)

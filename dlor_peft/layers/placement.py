@@ -1,12 +1,14 @@
-"""Where the tensors of a layer are: offloaded by accelerate, sharded by FSDP, or split by tensor parallelism."""
+"""Where the tensors of a layer are: offloaded by accelerate, sharded by FSDP or ZeRO, or by tensor parallelism."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
 from accelerate.utils import named_module_tensors
+from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -31,7 +33,12 @@ def fetch(module: nn.Module, name: str) -> Tensor:
 
     One that is offloaded is read from where it is kept, one that is sharded is gathered, which all processes do.
     """
-    tensor, hook = whole(getattr(module, name)), offload_hook(module)
+    tensor, hook = getattr(module, name), offload_hook(module)
+    if hasattr(tensor, "ds_numel"):
+        # ZeRO-3 gathers it for calls of the module alone, and takes it away after them
+        with gather_params_ctx(tensor, modifier_rank=None) if tensor.numel() < tensor.ds_numel else nullcontext():
+            return tensor.clone()
+    tensor = whole(tensor)
     if hook is None or not tensor.is_meta:
         return tensor
     assert hook.weights_map is not None
