@@ -5,10 +5,11 @@
 
 N frozen parameters in bfloat16, A of the adapter in float32, n devices in groups of s that shard (FSDP2; DDP: s = 1).
 Bytes a device holds all the time, 2 N / s of weights and 16 A / s of adapter, gradient and the two moments of AdamW;
-for a while, two blocks as gathered for computing; of each block one hidden state a token, as gradient checkpointing
-keeps them; one block's activations; and the logits. Bytes it receives in a step: the other shares of all parameters in
-bfloat16, once for the forward and once for the backward pass; of the gradients, in float32, the s - 1 other parts of
-its share; and its share again from the n / s - 1 other groups, as 2 (n / s - 1) / (n / s) of it by a ring.
+for a while, two blocks and the output layer as gathered for computing; of each block one hidden state a token, as
+gradient checkpointing keeps them; one block's activations; and the logits. Bytes it receives in a step: the other
+shares of all parameters in bfloat16, for the forward and, but for the output layer, for the backward pass; of the
+gradients the s - 1 other parts of its share, in bfloat16; and its share again from the n / s - 1 other groups, as
+2 (n / s - 1) / (n / s) of it by a ring. DDP reduces gradients in float32.
 The exit status of --check is 1 where a measured number is more than 2 percent away.
 """
 
@@ -16,8 +17,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,15 +28,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import yaml
+from accelerate import Accelerator, PartialState
 from peft import get_peft_model
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dlor_peft import DLoRConfig
-from dlor_peft.sharding import shard_placement
+from dlor_peft.sharding import adapters_sharded_by_rows
+from dlor_peft.training.launch import PACKAGED
+from dlor_peft.training.sharding import shard_on_cpu
 
 RANK = 16
 TOKENS = 4096
@@ -65,12 +71,13 @@ SMALL = llama(512, 4, 8, 1376, vocab=2048)
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters: frozen ones and the adapter's, and of them those of one block."""
+    """Parameters: frozen ones and the adapter's, of them those of one block, and the output layer's."""
 
     frozen: int
     adapter: int
     frozen_block: int
     adapter_block: int
+    output: int
 
 
 @dataclass(frozen=True)
@@ -105,13 +112,14 @@ def count(config: LlamaConfig) -> Counts:
         return sum(parameter.numel() for parameter in parameters) - adapter, adapter
 
     (frozen, adapter), (frozen_block, adapter_block) = numbers(model), numbers(block)
-    return Counts(frozen, adapter, frozen_block, adapter_block)
+    return Counts(frozen, adapter, frozen_block, adapter_block, model.get_output_embeddings().weight.numel())
 
 
 def plan(config: LlamaConfig, counts: Counts, devices: int, shards: int, tokens: int) -> Device:
     """What the head of this file says, for groups of `shards` devices."""
     others, groups = (shards - 1) / shards, devices // shards
     is_sharded = shards > 1
+    gradient = 2 if is_sharded else 4
     kv = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
     # bytes a token that one block keeps: norms in float32, inputs of the layers, what attention and the gate keep,
     # and outputs where "auto" chose that side
@@ -122,10 +130,10 @@ def plan(config: LlamaConfig, counts: Counts, devices: int, shards: int, tokens:
     return Device(
         weights=2 * counts.frozen / shards,
         adapter=16 * counts.adapter / shards,
-        gathered=2 * 2 * (counts.frozen_block + counts.adapter_block) * is_sharded,
+        gathered=2 * (2 * (counts.frozen_block + counts.adapter_block) + counts.output) * is_sharded,
         activations=tokens * (block + borders + logits),
-        gathers=2 * 2 * (counts.frozen + counts.adapter) * others,
-        gradients=4 * counts.adapter * others + 2 * 4 * counts.adapter / shards * (groups - 1) / groups,
+        gathers=2 * (2 * (counts.frozen + counts.adapter) - counts.output) * others,
+        gradients=gradient * counts.adapter * (others + 2 / shards * (groups - 1) / groups),
     )
 
 
@@ -183,20 +191,20 @@ def bytes_of(tensors: Any) -> int:
 
 def measure(rank: int, folder: str, shards: int, by_rows: bool) -> None:
     """One training step of the small model on this process, and what it held and received."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.manual_seed(0)
     model = build(SMALL, "cpu")
+    optimizer: Any = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    runner: Any
     if shards == 2:
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        placement = shard_placement(2) if by_rows else None
-        units = [*model.base_model.model.model.layers, model]
-        for unit in units:
-            fully_shard(unit, mp_policy=policy, reshard_after_forward=True, shard_placement_fn=placement)
-        runner = model
+        accelerator = sharding_accelerator()
+        with adapters_sharded_by_rows() if by_rows else nullcontext():
+            runner, optimizer = accelerator.prepare(model, optimizer)
+        model = runner
     else:
         runner = DistributedDataParallel(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained)
     ids = torch.randint(SMALL.vocab_size or 0, (1, 64), generator=torch.Generator().manual_seed(rank))
     with Traffic() as traffic:
         runner(input_ids=ids, labels=ids).loss.backward()
@@ -209,6 +217,15 @@ def measure(rank: int, folder: str, shards: int, by_rows: bool) -> None:
     }
     Path(folder, f"{rank}.json").write_text(json.dumps({"held": held, "received": traffic.received}))
     dist.destroy_process_group()
+
+
+def sharding_accelerator() -> Accelerator:
+    """As `dlor train --launch fsdp2` makes it from its packaged configuration, for processes of the CPU."""
+    settings = yaml.safe_load(PACKAGED["fsdp2"].read_text())["fsdp_config"]
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", **{name.upper(): str(value) for name, value in settings.items()}}
+    PartialState(cpu=True)
+    shard_on_cpu("bf16")
+    return Accelerator()
 
 
 def run_two(shards: int, by_rows: bool = True) -> list[dict[str, dict[str, int]]]:

@@ -45,7 +45,7 @@ from .report import (
 )
 from .rows import check_lengths
 from .schema import Recipe
-from .sharding import shard_on_cpu
+from .sharding import join_embeddings, shard_on_cpu
 from .states import check_states
 from .tasks import Task, task_class
 from .updates import save_updates
@@ -133,9 +133,11 @@ def _fit(recipe: Recipe, task: Task[Any], folder: RunFolder, checkpoint: Checkpo
     arguments = build_training_arguments(recipe)
     # what the Trainer would push are checkpoints
     arguments.push_to_hub = False
-    shard_on_cpu(arguments)
+    shard_on_cpu(arguments.mixed_precision)
     with folder.spared():
         trainer = _build_trainer(task, model, arguments)
+        if trainer.is_fsdp_enabled:
+            join_embeddings(model)
         check_optimiser(trainer, recipe)
         check_lengths(trainer, recipe)
         if checkpoint is not None:

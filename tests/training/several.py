@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import yaml
 from safetensors.torch import load_file
 from samples import TOKENIZER, write_rows
+from stand_ins import build_model
 
 PROJECT = Path(__file__).parents[2]
 STEPS, SAVE_STEPS, BATCH = 20, 5, 8
@@ -22,27 +25,94 @@ WORDS = "now is the winter of our discontent made glorious summer by this sun of
 PATIENCE = 240
 
 
-def write_sft_recipe(folder: Path) -> Path:
+MINILM, T5, LLAMA = "sentence-transformers/all-MiniLM-L6-v2", "google/flan-t5-base", "meta-llama/Llama-3.2-1B"
+OF_TRL = {"bf16": False, "activation_checkpointing": False}
+
+
+def _text(index: int) -> str:
+    return " ".join(WORDS[index % 7 : index % 7 + 3 + index % 11])
+
+
+# of each task: its section, the row of a number, the model's architecture, and other training arguments
+TASKS: dict[str, tuple[dict[str, Any], Callable[[int], dict[str, Any]], str | None, dict[str, Any]]] = {
+    "sft": (
+        {"type": "sft", "prompts": 2, "new_tokens": 4},
+        lambda index: {"text": _text(index)},
+        None,
+        OF_TRL,
+    ),
+    "dpo": (
+        {"type": "dpo", "prompts": 1, "new_tokens": 2},
+        lambda index: {
+            "prompt": _text(index),
+            "chosen": " yes" * (1 + index % 3),
+            "rejected": " no" * 3,
+        },
+        LLAMA,
+        {**OF_TRL, "beta": 0.5},
+    ),
+    "classification": (
+        {"type": "text-classification"},
+        lambda index: {"text": _text(index), "label": WORDS[index % 7]},
+        MINILM,
+        {},
+    ),
+    "seq2seq": (
+        {"type": "seq2seq", "generations": 1, "max_output_tokens": 2},
+        lambda index: {"input": _text(index), "output": f"{WORDS[index % 3]} " * (1 + index % 4)},
+        T5,
+        {},
+    ),
+    "embedding of pairs": (
+        {"type": "embedding"},
+        lambda index: {"anchor": f"{index} {_text(index)}", "positive": _text(index)},
+        MINILM,
+        {},
+    ),
+    "embedding of scores": (
+        {"type": "embedding"},
+        lambda index: {"text1": _text(index), "text2": _text(index + 3), "score": (index % 5) / 4},
+        MINILM,
+        {},
+    ),
+}
+
+
+def write_task_recipe(folder: Path, task: str) -> Path:
     """48 rows of unequal length: six batches an epoch, so that the checkpoints lie within epochs."""
-    rows = [{"text": " ".join(WORDS[index % 7 : index % 7 + 3 + index % 11])} for index in range(48)]
-    write_rows(folder / "rows.jsonl", rows)
+    section, row, hub_id, training = TASKS[task]
+    write_rows(folder / "rows.jsonl", [row(index) for index in range(48)])
+    model = {"path": str(TOKENIZER if hub_id is None else build_model(hub_id, folder / "model")), "dtype": "float32"}
+    # processes would drop other activations than one does
+    model["config"] = {
+        MINILM: {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+        T5: {"dropout_rate": 0.0},
+    }.get(hub_id, {})
+    adapter = {"peft_type": "DLOR", "r": 2, "target_modules": "all-linear"}
+    if task == "classification":
+        model["pooling"] = "mean"
+    elif hub_id == MINILM:
+        # not part of an embedding
+        adapter["exclude_modules"] = ["pooler.dense"]
     recipe = {
-        "model": {"path": str(TOKENIZER), "dtype": "float32"},
-        "task": {"type": "sft", "prompts": 2, "new_tokens": 4},
-        "data": {"files": {"train": "rows.jsonl", "test": "rows.jsonl"}},
-        "adapter": {"peft_type": "DLOR", "r": 2, "target_modules": "all-linear"},
+        "model": model,
+        "task": section,
+        "data": {
+            "files": {"train": "rows.jsonl", "test": "rows.jsonl"},
+            "columns": {name: name for name in row(0)},
+        },
+        "adapter": adapter,
         "training": {
             "max_steps": STEPS,
             "per_device_train_batch_size": BATCH,
             "learning_rate": 1e-2,
-            "bf16": False,
-            "activation_checkpointing": False,
             "use_cpu": True,
             "dataloader_pin_memory": False,
             "disable_tqdm": True,
             "logging_steps": 1,
             "save_strategy": "steps",
             "save_steps": SAVE_STEPS,
+            **training,
         },
         "output_dir": str(folder / "out"),
     }
@@ -112,13 +182,17 @@ def losses(out: Path) -> list[float]:
 
 
 def assert_same_training(out: Path, reference: Path) -> None:
-    """The losses of every step, and the adapters."""
+    """The losses of every step, the adapters, and the metrics."""
     got, want = losses(out), losses(reference)
     assert len(got) == len(want) == STEPS
-    assert want[-1] < 0.8 * want[0]
     for step, (one, other) in enumerate(zip(got, want, strict=True), 1):
         assert abs(one - other) <= 1e-4 * other, f"step {step}: {one}, not {other}"
     got, want = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (out, reference))
     assert got.keys() == want.keys()
     for key, tensor in want.items():
         assert (got[key] - tensor).norm() <= 1e-3 * tensor.norm(), key
+    one, other = (json.loads((folder / "metrics.json").read_text()) for folder in (out, reference))
+    assert other["after"]["loss"] < other["before"]["loss"]
+    for state in ("before", "after"):
+        for metric, value in one[state].items():
+            assert abs(value - other[state][metric]) <= 1e-4 * max(1, abs(value)), f"{state}, {metric}"

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from several import STEPS, write_sft_recipe
+from several import STEPS, write_task_recipe
 
 from dlor_peft.cli import main
 
@@ -20,7 +20,7 @@ def losses_of(folder, name, *words):
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
-    write_sft_recipe(folder)
+    write_task_recipe(folder, "sft")
     return folder, losses_of(folder, "plain")
 
 

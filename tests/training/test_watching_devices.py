@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from several import BATCH, Launched, write_sft_recipe
+from several import BATCH, Launched, write_task_recipe
 
 from dlor_peft.training.watching import read_history
 
@@ -19,7 +19,7 @@ def logged(out):
 @pytest.mark.distributed
 @pytest.mark.parametrize("launch", ["ddp", "fsdp2"])
 def test_two_processes_log_the_facts_of_one(tmp_path, launch):
-    recipe = write_sft_recipe(tmp_path)
+    recipe = write_task_recipe(tmp_path, "sft")
     alone = Launched.dlor(tmp_path / "log-1", recipe, *SHORT, f"output_dir={tmp_path}/one")
     assert alone.end() == 0, alone.text
     half = f"training.per_device_train_batch_size={BATCH // 2}"
@@ -41,7 +41,7 @@ def test_two_processes_log_the_facts_of_one(tmp_path, launch):
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_all_processes_end_where_the_run_diverges(tmp_path):
-    recipe = write_sft_recipe(tmp_path)
+    recipe = write_task_recipe(tmp_path, "sft")
     words = ["training.learning_rate=1e25", "--launch", "fsdp2", "--processes", "2"]
     run = Launched.dlor(tmp_path / "log", recipe, *SHORT, *words)
     assert run.end() == 2, run.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,9 +10,10 @@ import torch
 from ..data import draw_rows, load_splits
 from ..models import load_sentence_transformer, load_tokenizer, resolve_path
 from ..optimiser import with_optimizer
+from ..processes import num_processes
 from ..schema import EmbeddingSection, ModelSection, Recipe
 from .base import BaseSource, Comparison, Task
-from .batches import without_autocast
+from .batches import evaluate, without_autocast
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,8 +82,11 @@ class EmbeddingTask(Task[torch.Tensor]):
             MultipleNegativesRankingLoss,
         )
 
-        loss = CosineSimilarityLoss if "score" in self.roles else MultipleNegativesRankingLoss
-        return with_optimizer(_trainer_class(), self.recipe.optimizer)(
+        loss: Any = CosineSimilarityLoss
+        if "score" not in self.roles:
+            # the negatives of an anchor are the other rows of the whole batch, in whichever process they are
+            loss = partial(MultipleNegativesRankingLoss, gather_across_devices=num_processes() > 1)
+        trainer = with_optimizer(_trainer_class(), self.recipe.optimizer)(
             model=self._around(model),
             args=arguments,  # pyright: ignore[reportArgumentType]
             train_dataset=self.rows["train"],
@@ -89,6 +94,12 @@ class EmbeddingTask(Task[torch.Tensor]):
             loss=loss,
             evaluator=self._evaluator(self.rows["dev"]) if "dev" in self.rows else None,
         )
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise ValueError(
+                "--launch: sentence-transformers cannot encode with a model whose weights are sharded. Train an "
+                "embedding model with --launch ddp."
+            )
+        return trainer
 
     def run(self, model: Any) -> torch.Tensor:
         model.eval()
@@ -101,12 +112,14 @@ class EmbeddingTask(Task[torch.Tensor]):
 
     def measure(self, trainer: Any, outputs: torch.Tensor) -> dict[str, float]:
         test = self.rows["test"]
-        # the trainer asks its evaluator whenever it measures a loss
-        evaluator, trainer.evaluator = trainer.evaluator, self._evaluator(test)
+        loss = trainer.loss
+        before = trainer.evaluator, getattr(loss, "gather_across_devices", False)
+        # the trainer asks its evaluator whenever it measures a loss; and each process has all rows
+        trainer.evaluator, loss.gather_across_devices = self._evaluator(test), False
         try:
-            metrics = trainer.evaluate(test, metric_key_prefix="test")
+            metrics = evaluate(trainer, test)
         finally:
-            trainer.evaluator = evaluator
+            trainer.evaluator, loss.gather_across_devices = before
         return {name: metrics[f"test_{name}"] for name in (self.headline, "loss")}
 
     def compare(self, trained: torch.Tensor, other: torch.Tensor) -> Comparison:
@@ -139,6 +152,11 @@ def _trainer_class() -> Any:
     from transformers import Trainer
 
     class AdapterTrainer(SentenceTransformerTrainer):
+        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+            # transformers calls it in every process, and sentence-transformers 6.2 writes in each
+            if self.args.should_save:
+                super()._save(output_dir, state_dict)
+
         def _load_from_checkpoint(self, checkpoint_path: str) -> None:
             # a checkpoint has the adapter alone; it is not a model that sentence-transformers could load for itself
             model: Any = self.model

@@ -11,6 +11,7 @@ from ..models import load_seq2seq_model, load_tokenizer
 from ..optimiser import with_optimizer
 from ..schema import Recipe, Seq2SeqSection
 from .base import BaseSource, Comparison, Task
+from .batches import evaluate
 from .generation import Generation, compare_generations, generate
 from .losses import cross_entropy
 
@@ -59,8 +60,7 @@ class Seq2SeqTask(Task[list[Generation]]):
         return generate(model, prompts, self.section.max_output_tokens, self.tokenizer)
 
     def measure(self, trainer: Trainer, outputs: list[Generation]) -> dict[str, float]:
-        test: Any = self.rows["test"]
-        loss = trainer.evaluate(test, metric_key_prefix="test")["test_loss"]
+        loss = evaluate(trainer, self.rows["test"])["test_loss"]
         texts = self.tokenizer.batch_decode([output.tokens for output in outputs], skip_special_tokens=True)
         pairs = zip(texts, self.references, strict=True)
         matches = sum(text.strip() == reference.strip() for text, reference in pairs)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..optimiser import with_optimizer
+from .batches import evaluate
 from .causal import CausalTask
 from .generation import Generation
 
@@ -41,8 +42,7 @@ class SftTask(CausalTask):
 
     def measure(self, trainer: Trainer, outputs: list[Generation]) -> dict[str, float]:
         # TRL tokenizes raw rows here as it does for training
-        test: Any = self.rows["test"]
-        loss = trainer.evaluate(test, metric_key_prefix="test")["test_loss"]
+        loss = evaluate(trainer, self.rows["test"])["test_loss"]
         return {"loss": loss, "perplexity": torch.tensor(loss).double().exp().item()}
 
     def prompt(self, row: dict[str, Any]) -> str | list[dict[str, Any]]:
