@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..optimiser import with_optimizer
+from .batches import evaluate
 from .causal import CausalTask
 from .generation import Generation
 from .showing import show_tokens
 
 if TYPE_CHECKING:
-    from transformers import Trainer, TrainingArguments
+    from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 ACCURACY = "rewards/accuracies"
 
@@ -22,6 +25,7 @@ class DpoTask(CausalTask):
 
     headline = ACCURACY
     columns = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
+    _loaded: Sequence[tuple[weakref.ref[torch.Tensor], tuple[int, int]]] = ()
 
     @classmethod
     def arguments_class(cls) -> type[TrainingArguments]:
@@ -29,11 +33,18 @@ class DpoTask(CausalTask):
 
         return DPOConfig
 
+    def load_model(self) -> PreTrainedModel:
+        model = super().load_model()
+        self._loaded = [(weakref.ref(parameter), _state(parameter)) for parameter in model.parameters()]
+        return model
+
     def build_trainer(self, model: Any, arguments: TrainingArguments) -> Trainer:
         from peft import PeftModel
         from trl import DPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
         adapted = isinstance(model, PeftModel)
+        if adapted:
+            self._check_reference()
         trainer = with_optimizer(DPOTrainer, self.recipe.optimizer)(
             model=model,
             # of a merged adapter the reference is a model of its own
@@ -49,6 +60,15 @@ class DpoTask(CausalTask):
             model.delete_adapter("ref")
         return trainer
 
+    def _check_reference(self) -> None:
+        for reference, loaded in self._loaded:
+            parameter = reference()
+            if parameter is not None and _state(parameter) != loaded:
+                raise ValueError(
+                    "adapter: its start changes the weights of the base model, but the reference of dpo is the model "
+                    "with its adapter switched off. Choose a start that leaves the base as it is."
+                )
+
     def build_empty_trainer(self, model: Any, arguments: TrainingArguments) -> Trainer:
         with torch.device("meta"):
             # the copy is made there too
@@ -60,8 +80,7 @@ class DpoTask(CausalTask):
         return "\n".join(f"{name}: {text}" for name, text in zip(("chosen", "rejected"), shown, strict=True))
 
     def measure(self, trainer: Trainer, outputs: list[Generation]) -> dict[str, float]:
-        test: Any = self.rows["test"]
-        metrics = trainer.evaluate(test, metric_key_prefix="test")
+        metrics = evaluate(trainer, self.rows["test"])
         return {"loss": metrics["test_loss"], ACCURACY: metrics[f"eval_{ACCURACY}"]}
 
     def prompt(self, row: dict[str, Any]) -> str | list[dict[str, Any]]:
@@ -69,3 +88,8 @@ class DpoTask(CausalTask):
 
         prompt: Any = maybe_extract_prompt(row)["prompt"]
         return prompt
+
+
+def _state(parameter: torch.Tensor) -> tuple[int, int]:
+    """Where its values lie, and how often they were written."""
+    return parameter.data_ptr(), parameter._version
