@@ -306,4 +306,9 @@ def explained(path: Path, folder: RunFolder) -> Iterator[None]:
             if checkpoint
             else f"There is no earlier checkpoint: {remedy}, then run the same command with --overwrite."
         )
-        raise OSError(f"{path} could not be written: {error}. {left}") from error
+        if isinstance(error, CheckpointException):
+            # its text has the tracebacks of all
+            reason = "; ".join(f"process {rank}: {failure}" for rank, (failure, _) in error.failures.items())
+        else:
+            reason = str(error)
+        raise OSError(f"{path} could not be written: {reason}. {left}") from error

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from .processes import is_main
+from .signals import stop_signals_to
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StoppedError(KeyboardInterrupt):
@@ -55,12 +54,8 @@ class Interrupts(TrainerCallback):
                     file=sys.stderr,
                 )
 
-        former = {number: signal.signal(number, ask) for number in SIGNALS}
-        try:
+        with stop_signals_to(ask):
             yield
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

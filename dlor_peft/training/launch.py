@@ -19,10 +19,10 @@ import yaml
 from .folder import CHECKPOINT_MARK, RunFolder
 from .processes import LOST
 from .schema import Recipe
+from .signals import stop_signals_to
 from .sources import suggest
 
 PACKAGED = {file.stem: file for file in sorted(Path(__file__).with_name("accelerate").glob("*.yaml"))}
-RELAYED = (signal.SIGINT, signal.SIGTERM)
 
 
 def launch(name: str, processes: int | None, recipe: Recipe, command: Sequence[str]) -> int:
@@ -39,7 +39,7 @@ def launch(name: str, processes: int | None, recipe: Recipe, command: Sequence[s
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    file, configuration = _read(name)
+    file, configuration = read_configuration(name)
     on_cpu = bool(recipe.training.get("use_cpu")) or not torch.accelerator.is_available()
     count = processes or configuration.get("num_processes") or (0 if on_cpu else torch.accelerator.device_count())
     if not count:
@@ -55,14 +55,15 @@ def launch(name: str, processes: int | None, recipe: Recipe, command: Sequence[s
     arguments.signals_to_handle = "SIGHUP,SIGQUIT"
     try:
         by_deepspeed = configuration["distributed_type"] == "DEEPSPEED"
-        with _environment(on_cpu, by_deepspeed, count), _relayed_signals():
+        with _environment(on_cpu, by_deepspeed, count), stop_signals_to(_relay):
             launch_command(arguments)
     except ChildFailedError as error:
         return _exit_code(error.failures, RunFolder(recipe.output_dir))
     return 0
 
 
-def _read(name: str) -> tuple[Path, dict[str, Any]]:
+def read_configuration(name: str) -> tuple[Path, dict[str, Any]]:
+    """The file of a configuration and what is in it; ValueError or FileNotFoundError as `launch`'s."""
     file = PACKAGED.get(name, Path(name).expanduser())
     if not file.is_file():
         raise FileNotFoundError(f"--launch: {name!r} is no file.{suggest(name, PACKAGED, 'Packaged configurations')}")
@@ -99,21 +100,12 @@ def _environment(on_cpu: bool, by_deepspeed: bool, count: int) -> Iterator[None]
         os.environ.update(former)
 
 
-@contextmanager
-def _relayed_signals() -> Iterator[None]:
-    def relay(number: int, frame: FrameType | None) -> None:
-        children = psutil.Process().children()
-        if not children:
-            raise KeyboardInterrupt
-        for child in children:
-            child.send_signal(number)
-
-    former = {number: signal.signal(number, relay) for number in RELAYED}
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+def _relay(number: int, frame: FrameType | None) -> None:
+    children = psutil.Process().children()
+    if not children:
+        raise KeyboardInterrupt
+    for child in children:
+        child.send_signal(number)
 
 
 def _exit_code(failures: dict[int, Any], folder: RunFolder) -> int:

@@ -12,7 +12,7 @@ from .load import load_trained
 from .tasks.base import Comparison, Outputs, Task
 
 
-class StateMismatchError(Exception):
+class StateMismatchError(ValueError):
     """The reloaded or merged adapter does not do what the trained one did: the saved artefact cannot be trusted."""
 
 
