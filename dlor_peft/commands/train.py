@@ -79,10 +79,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.processes is not None and (arguments.launch is None or arguments.processes < 1):
         raise ValueError("--processes: a number from 1 on, with --launch ddp, fsdp2, zero3 or a file.")
 
+    runs_here = not (arguments.explain or arguments.dry_run)
     try:
-        if arguments.launch is not None and not (arguments.explain or arguments.dry_run):
+        from ..training.launch import launch, read_configuration
+
+        configuration = read_configuration(arguments.launch)[1] if arguments.launch is not None else {}
+        num_processes = arguments.processes or configuration.get("num_processes")
+        if arguments.launch is not None and runs_here:
             # PEFT and the trainers load in the processes
-            from ..training.launch import launch
             from ..training.recipe import parse_recipe
 
             flags = [flag for flag in ("--overwrite", "--resume") if getattr(arguments, flag.removeprefix("--"))]
@@ -99,11 +103,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise ImportError(f"dlor train needs {error.name}: install dlor-peft with its extra 'train'") from error
 
     def run_here() -> int:
-        recipe, sources = load_recipe(name, words)
+        recipe, sources = load_recipe(name, words, runs_here)
         if arguments.explain:
             print(explain(recipe, sources))
         elif arguments.dry_run:
-            dry_run(recipe, arguments.overwrite, arguments.resume, arguments.processes)
+            dry_run(recipe, arguments.overwrite, arguments.resume, num_processes)
         else:
             train(recipe, overwrite=arguments.overwrite, resume=arguments.resume)
         return 0

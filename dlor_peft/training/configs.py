@@ -8,6 +8,7 @@ import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from .processes import deepspeed_on_cpu
@@ -36,8 +37,11 @@ def build_adapter_config(recipe: Recipe) -> PeftConfig:
     return _construct(known[peft_type], values, "adapter")
 
 
-def build_training_arguments(recipe: Recipe) -> TrainingArguments:
-    """The arguments of the task's trainer; checkpoints go to `<output_dir>/checkpoints`."""
+def build_training_arguments(recipe: Recipe, runs_here: bool = True) -> TrainingArguments:
+    """The arguments of the task's trainer; checkpoints go to `<output_dir>/checkpoints`.
+
+    Where nothing is to run here, a machine without an accelerator checks them for one that has it.
+    """
     arguments_class = task_class(recipe.task.type).arguments_class()
     for name in TOP_LEVEL:
         if name in recipe.training:
@@ -56,7 +60,15 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
     values.setdefault("logging_nan_inf_filter", False)
     checkpoints = Path(recipe.output_dir, "checkpoints")
     values |= deepspeed_on_cpu()
+    if not runs_here and needs_accelerator(recipe):
+        # transformers refuses such precision on a machine that has none
+        values["use_cpu"] = True
     return _construct(arguments_class, {**values, "output_dir": str(checkpoints), "seed": recipe.seed}, "training")
+
+
+def needs_accelerator(recipe: Recipe) -> bool:
+    """Whether the recipe is for an accelerator, of which this machine has none."""
+    return not recipe.training.get("use_cpu") and not torch.accelerator.is_available()
 
 
 def describe(error: ValidationError, values: Any, section: str = "") -> str:

@@ -16,7 +16,7 @@ from peft import get_peft_model
 from dlor_peft.deploy.tables import format_table
 
 from .checkpoints import find_checkpoint
-from .configs import build_adapter_config, build_training_arguments
+from .configs import build_adapter_config, build_training_arguments, needs_accelerator
 from .folder import RunFolder
 from .hub_access import check_push
 from .matching import describe_targets, unmatched
@@ -50,6 +50,7 @@ def dry_run(recipe: Recipe, overwrite: bool = False, resume: bool = False, proce
     run = _DryRun(recipe, DEVICES if processes is None else (processes,))
     run.look_at_folder(overwrite, resume)
     run.look_at_hub()
+    run.look_at_device()
     run.build()
     if run.problems:
         numbered = " ".join(f"({index}) {problem}" for index, problem in enumerate(run.problems, start=1))
@@ -90,9 +91,13 @@ class _DryRun:
 
     def look_at_hub(self) -> None:
         with self._noted():
-            arguments = build_training_arguments(self.recipe)
+            arguments = build_training_arguments(self.recipe, runs_here=False)
             if arguments.push_to_hub:
                 print(f"training.push_to_hub: {check_push(arguments, self.recipe.output_dir)}")
+
+    def look_at_device(self) -> None:
+        if needs_accelerator(self.recipe):
+            print("device: this machine has no accelerator; without one, the run itself wants training.use_cpu=true")
 
     def build(self) -> None:
         task = trainer = None
@@ -126,7 +131,7 @@ class _DryRun:
         adapted = [*getattr(tuner, "targeted_module_names", ()), *getattr(tuner, "targeted_parameter_names", ())]
         print(parameter_table(trainable_parameters(model)))
         self.problems += unmatched(given, model.peft_config["default"], modules, adapted)
-        arguments = for_dry_run(build_training_arguments(self.recipe), scratch)
+        arguments = for_dry_run(build_training_arguments(self.recipe, runs_here=False), scratch)
         try:
             trainer = task.build_empty_trainer(model, arguments)
         except RuntimeError as error:

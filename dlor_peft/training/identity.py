@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
+def embeddings(model: PreTrainedModel) -> list[str]:
+    """The names of the weights of the input embeddings and of the output layer."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [f"{name}.weight" for name, module in model.named_modules() if module in modules]
+
+
 def build_identity(
     auto_class: Any, config: PretrainedConfig, dtype: str, saved: Collection[str]
 ) -> tuple[PreTrainedModel, list[str]]:

@@ -30,6 +30,9 @@ class StepMemory:
     activations_checkpointed: int | None
     """The same with activation checkpointing; None where the model has none."""
 
+    gathered: int
+    """Of what is sharded, what a device has whole at a time."""
+
     shape: tuple[int, ...]
 
     def total(self, checkpointed: bool) -> int:
@@ -39,7 +42,7 @@ class StepMemory:
     def sharded(self, num_devices: int, checkpointed: bool) -> int:
         """Of each device, where FSDP2 or ZeRO-3 shards all but the activations."""
         kept = self.weights + self.trained + self.gradients + self.optimizer
-        return kept // num_devices + self.total(checkpointed) - kept
+        return kept // num_devices + self.gathered + self.total(checkpointed) - kept
 
 
 class CountLive(TorchDispatchMode):
@@ -99,10 +102,8 @@ def step_memory(trainer: Trainer, batch: Mapping[str, Any], quantization: Any = 
     with mode:
         model.to_empty(device="cpu").train()
         fake = {name: mode.from_tensor(value) if isinstance(value, Tensor) else value for name, value in batch.items()}
-        inner = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
-        if inner is not None and not inner.supports_gradient_checkpointing:
-            inner = None
-        if inner is not None:
+        inner: Any = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
+        if inner.supports_gradient_checkpointing:
             inner.activation_checkpointing_disable()
         activations = _peak(trainer, model, fake)
         optimizer = trainer.create_optimizer()
@@ -112,34 +113,38 @@ def step_memory(trainer: Trainer, batch: Mapping[str, Any], quantization: Any = 
             optimizer.step()
         states = sum(leaf.nbytes for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, Tensor))
         checkpointed = None
-        if inner is not None:
+        if inner.supports_gradient_checkpointing:
             inner.activation_checkpointing_enable(trainer.args.activation_checkpointing_kwargs)
             checkpointed = max(_peak(trainer, model, fake) - gradients, 0)
-    parameters = list(model.parameters())
-    trained = sum(p.nbytes for p in parameters if p.requires_grad)
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    output = inner.get_output_embeddings()
+    # as Accelerate wraps a model for FSDP2: a block is fetched while another one computes; the output layer stays
+    blocks = [part for part in inner.modules() if type(part).__name__ in (inner._no_split_modules or ())]
+    largest = sorted(_bytes(block, output, quantization) for block in blocks)[-2:]
     return StepMemory(
-        weights=sum(t.nbytes for t in (*parameters, *model.buffers())) - trained - _saved_by(quantization, model),
+        weights=_bytes(model, output, quantization) - trained,
         trained=trained,
         gradients=gradients,
         optimizer=states,
         activations=max(activations - gradients, 0),
         activations_checkpointed=checkpointed,
+        gathered=sum(largest) + (0 if output is None else output.weight.nbytes),
         shape=max((tuple(v.shape) for v in batch.values() if isinstance(v, Tensor)), key=len),
     )
 
 
-def _saved_by(quantization: Any, model: nn.Module) -> int:
-    """Bytes that the quantised form of the linear layers is smaller by than theirs now; the output layer keeps its."""
+def _bytes(module: nn.Module, output: nn.Module | None, quantization: Any) -> int:
+    """Of its parameters and buffers; where the base is quantised, of its linear layers but `output` in that form."""
+    size = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
     if quantization is None:
-        return 0
+        return size
     # 4 bits and a float32 for 64 of them, or, quantised twice, a byte for 64 and a float32 for 256 of those; 8 bits
     constants = 1 / 64 + 4 / (64 * 256) if quantization.bnb_4bit_use_double_quant else 4 / 64
     each = 0.5 + constants if quantization.load_in_4bit else 1.0
-    inner: Any = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
     # PEFT's own layers are linear ones too, but trained
-    layers = {part for part in inner.modules() if isinstance(part, nn.Linear) and not part.weight.requires_grad}
-    weights = [part.weight for part in layers - {inner.get_output_embeddings()}]
-    return int(sum(weight.nbytes - each * weight.numel() for weight in weights))
+    linear = (part for part in module.modules() if isinstance(part, nn.Linear) and part is not output)
+    frozen = [layer.weight for layer in linear if not layer.weight.requires_grad]
+    return int(size - sum(weight.nbytes - each * weight.numel() for weight in frozen))
 
 
 def _peak(trainer: Trainer, model: nn.Module, batch: Mapping[str, Any]) -> int:

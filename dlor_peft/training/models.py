@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .identity import build_identity
+from .identity import build_identity, embeddings
 from .quantization import build_quantization
 from .schema import ModelSection
 from .sources import suggest
@@ -152,8 +152,11 @@ def placement(model: ModelSection) -> dict[str, Any]:
 
 def _load(auto_class: Any, model: ModelSection, config: PretrainedConfig, may_miss: set[str]) -> PreTrainedModel:
     if _without_weights.get():
-        return auto_class.from_config(config, **({} if model.dtype == "auto" else {"dtype": model.dtype}))
-    if model.weights == "identity":
+        loaded = auto_class.from_config(config, **({} if model.dtype == "auto" else {"dtype": model.dtype}))
+        # of the weights that identity would draw these are known without values; what a file has is not
+        missing = embeddings(loaded) if model.weights == "identity" else []
+        lack = "model.weights: identity leaves"
+    elif model.weights == "identity":
         loaded, missing = build_identity(auto_class, config, model.dtype, may_miss)
         lack = "model.weights: identity leaves"
     else:

@@ -16,10 +16,11 @@ from .configs import build_adapter_config, build_training_arguments, describe
 from .quantization import build_quantization
 from .schema import Recipe
 from .sources import COMMAND_LINE, Sources, find_recipe
+from .tasks import task_class
 
 
-def load_recipe(name: str, overrides: Iterable[str] = ()) -> tuple[Recipe, Sources]:
-    """The checked recipe, and the origin of each of its values.
+def load_recipe(name: str, overrides: Iterable[str] = (), runs_here: bool = True) -> tuple[Recipe, Sources]:
+    """The checked recipe, and the origin of each of its values; `runs_here` as in `build_training_arguments`.
 
     Raises:
         FileNotFoundError: there is no such recipe.
@@ -28,7 +29,7 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> tuple[Recipe, Sourc
     recipe, sources = parse_recipe(name, overrides)
     build_quantization(recipe.model.quantization)
     build_adapter_config(recipe)
-    build_training_arguments(recipe)
+    build_training_arguments(recipe, runs_here)
     return recipe, sources
 
 
@@ -64,7 +65,7 @@ def explain(recipe: Recipe, sources: Sources) -> str:
     lines = list(_lines(values, sources))
     width = min(60, max(len(line) for line, _ in lines if line))
     text = "\n".join(f"{line:<{width}}  # {origin}" if origin else line for line, origin in lines)
-    arguments = type(build_training_arguments(recipe)).__name__
+    arguments = task_class(recipe.task.type).arguments_class().__name__
     others = f"all other fields keep the defaults of {arguments}, but logging_nan_inf_filter is false"
     return f"# {sources.path}\n{text}\n# training: {others}"
 

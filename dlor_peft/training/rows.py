@@ -49,11 +49,12 @@ def check_lengths(trainer: Trainer, recipe: Recipe) -> None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     limits = {
         "training.max_length": getattr(trainer.args, "max_length", None),
+        "the model's max_seq_length": getattr(model, "max_seq_length", None),
         "the tokenizer's model_max_length": getattr(trainer.processing_class, "model_max_length", None),
     }
     packed = getattr(trainer.args, "packing", False)
     for split, rows in (("train", trainer.train_dataset), ("dev", trainer.eval_dataset)):
-        lengths = _lengths(rows)
+        lengths = _lengths(rows, model)
         if lengths is None:
             continue
         where = source_of(recipe, split)
@@ -79,13 +80,19 @@ def check_lengths(trainer: Trainer, recipe: Recipe) -> None:
                 break
 
 
-def _lengths(rows: Any) -> list[int] | None:
-    """The tokens of each row; of a preference those of its longer answer, with the prompt. None where the trainer
-    encodes the rows batch by batch."""
+def _lengths(rows: Any, model: Any) -> list[int] | None:
+    """The tokens of each row; of a preference those of its longer answer, with the prompt; of texts that are compared
+    those of the longest. None where there are no rows."""
     columns = getattr(rows, "column_names", None) or ()
     if "input_ids" in columns:
         return [len(ids) for ids in rows["input_ids"]]
     if {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(columns):
         parts = (rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"])
         return [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in zip(*parts, strict=True)]
+    if columns and hasattr(model, "max_seq_length"):
+        # sentence-transformers encodes batch by batch, and cuts as it does
+        limit = model.max_seq_length
+        texts = [rows[name][:] for name in columns if name not in NUMBERS]
+        encoded = [model.tokenizer(text, truncation=limit is not None, max_length=limit).input_ids for text in texts]
+        return [max(map(len, row)) for row in zip(*encoded, strict=True)]
     return None

@@ -69,6 +69,26 @@ def test_every_packaged_recipe(name, stand_in_model, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator")
+def test_a_recipe_for_an_accelerator_is_checked_without_one(write_recipe, capsys):
+    path = write_recipe(training={"max_steps": 2, "bf16": True})
+    told = dry(capsys, path)
+    assert "device: this machine has no accelerator; without one, the run itself wants training.use_cpu=true" in told
+    assert "nothing was found that would stop the run" in told
+    assert main(["train", str(path), "--explain"]) == 0
+    assert "bf16: true" in capsys.readouterr().out
+    assert main(["train", str(path)]) == 2
+    assert "use_cpu" in capsys.readouterr().err
+
+
+def test_a_configuration_of_several_processes_is_looked_at(write_recipe, tmp_path, capsys):
+    path = write_recipe()
+    assert "--launch: 'fsdp3' is no file. Did you mean 'fsdp2'?" in dry(capsys, path, "--launch", "fsdp3", code=2)
+    file = tmp_path / "own.yaml"
+    file.write_text("{distributed_type: FSDP, num_processes: 6}")
+    assert "in all on each of 6 devices, FSDP2 or ZeRO-3" in dry(capsys, path, "--launch", file)
+
+
 def test_no_weights_are_needed_and_what_is_told_is_what_is_trained(write_recipe, encoder, tmp_path, capsys):
     bare = tmp_path / "bare"
     shutil.copytree(encoder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -312,6 +332,9 @@ def test_the_estimated_memory_is_what_a_step_allocates(write_recipe, tmp_path, c
     frozen = [t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad]
     assert estimated.weights == sum(t.nbytes for t in frozen)
     assert estimated.sharded(4, checkpointed) < estimated.total(checkpointed)
+    units = [part for part in model.modules() if type(part).__name__ in ("BertLayer", "BertEmbeddings")]
+    largest = sorted(sum(t.nbytes for t in (*unit.parameters(), *unit.buffers())) for unit in units)[-2:]
+    assert estimated.gathered == sum(largest)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,10 @@ def test_it_trains_and_its_random_start_is_saved_with_it(write, tmp_path):
 
 @pytest.mark.parametrize(("saved", "tied"), [(["embed_tokens"], False), (["lm_head"], True), (["embed_tokens"], True)])
 def test_random_weights_that_are_not_saved_are_refused(write, capsys, saved, tied):
-    assert main(["train", str(write(*saved, config={"tie_word_embeddings": tied}))]) == 2
+    path = write(*saved, config={"tie_word_embeddings": tied})
+    assert main(["train", str(path)]) == 2
+    assert "model.weights: identity leaves 1 weights" in capsys.readouterr().err
+    assert main(["train", str(path), "--dry-run"]) == 2
     assert "model.weights: identity leaves 1 weights" in capsys.readouterr().err
 
 

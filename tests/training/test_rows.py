@@ -6,6 +6,7 @@ import re
 import pytest
 import samples
 from samples import TOKENIZER, TOPICS, write_rows
+from several import write_task_recipe
 
 from dlor_peft.cli import main
 
@@ -83,3 +84,13 @@ def test_what_was_refused_can_be_run_when_it_is_mended(write_recipe, tmp_path):
     words = ["training.bf16=false", "training.dataloader_pin_memory=false", "training.max_steps=1"]
     assert main(["train", str(path), *words]) == 2
     assert main(["train", str(path), *words, "training.max_length=16"]) == 0
+
+
+def test_texts_that_an_embedding_model_cuts_are_counted(tmp_path, capsys):
+    path = write_task_recipe(tmp_path, "embedding of pairs")
+    rows = [{"anchor": "To be", "positive": "or not"}, {"anchor": "To be", "positive": "or not to be " * 500}]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.warns(
+        UserWarning, match=r"rows\.jsonl: 1 of 2 rows fill the model's max_seq_length \(512 tokens\), .* row 2"
+    ):
+        assert main(["train", str(path), "--dry-run"]) == 0
