@@ -1,0 +1,212 @@
+"""Layers without a dense weight."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_model, save_model
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from dlor_peft.nn import DIAGONALS, DLoRLinear, replace_linear_layers
+
+SHAPES = [(7, 7), (5, 9), (9, 5), (1, 6), (6, 1), (1, 1)]
+SMALL = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+}
+
+
+def factors_of(layer):
+    """Every factor written out, the one that meets the data first in front."""
+    I, O = layer.in_features, layer.out_features
+    square = []
+    for k in range(layer.num_square):
+        d = torch.ones(max(I, O)) if layer.delta is None else (1 + layer.delta[k]).expand(max(I, O))
+        square.append(torch.diag(d.to(layer.U)) + layer.U[k] @ layer.V[k].T)
+    if I == O:
+        return square
+    end = layer.end_U @ layer.end_V.T
+    for i in range(min(I, O)):
+        d = 1 if layer.end_delta is None else 1 + layer.end_delta.expand(min(I, O))[i]
+        unit = torch.zeros_like(end)
+        unit[i, i] = 1
+        end = end + d * unit
+    return [end, *square] if I < O else [*square, end]
+
+
+def reference(layer, x):
+    for factor in factors_of(layer):
+        x = x @ factor.T
+    return x if layer.bias is None else x + layer.bias
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+@pytest.mark.parametrize("diagonal", DIAGONALS)
+@pytest.mark.parametrize(("I", "O"), SHAPES)
+def test_the_product_of_the_factors_and_every_gradient(I, O, diagonal, depth):
+    torch.manual_seed(0)
+    layer = DLoRLinear(I, O, 3, depth, diagonal, dtype=torch.float64)
+    nn.init.normal_(layer.bias)
+    inputs = [torch.randn(2, 5, I, dtype=torch.float64, requires_grad=True), *layer.parameters()]
+    got, want = layer(inputs[0]), reference(layer, inputs[0])
+    torch.testing.assert_close(got, want)
+    probe = torch.randn_like(want)
+    for one, other in zip(
+        torch.autograd.grad(got, inputs, probe), torch.autograd.grad(want, inputs, probe), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(inputs[0] @ layer.to_dense().T + layer.bias, want)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("I", "O"), [(64, 64), (63, 100), (100, 63)])
+def test_other_dtypes_and_autocast(I, O, dtype, tolerance):
+    torch.manual_seed(0)
+    layer = DLoRLinear(I, O, 8, 3, dtype=torch.float64)
+    x = torch.randn(17, I, dtype=torch.float64)
+    want = reference(layer, x)
+    got = layer.to(dtype)(x.to(dtype))
+    assert got.dtype == dtype
+    assert (got - want).norm() <= tolerance * want.norm()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = layer.float()(x.float())
+    assert got.dtype == torch.bfloat16
+    assert (got - want).norm() <= 2e-2 * want.norm()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize(("I", "O", "r"), [(256, 256, 1), (256, 256, 8), (96, 256, 4), (256, 96, 4)])
+def test_the_start_keeps_the_size_of_signal_and_gradient(I, O, r, depth):
+    torch.manual_seed(0)
+    sizes, gradients = [], []
+    for _ in range(40):
+        layer = DLoRLinear(I, O, r, depth, bias=False)
+        x = torch.randn(64, I, requires_grad=True)
+        y = layer(x)
+        y.backward(torch.randn_like(y))
+        sizes.append(y.square().mean().item())
+        gradients.append(x.grad.square().mean().item())
+    assert math.fsum(sizes) / 40 == pytest.approx(1, rel=0.2)
+    assert math.fsum(gradients) / 40 == pytest.approx(O / I, rel=0.25)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(0, 9), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=60)
+def test_a_dense_layer_is_factorised_exactly(I, O, r, rank, seed):
+    pytest.importorskip("scipy")
+    torch.manual_seed(seed)
+    dense = nn.Linear(I, O, dtype=torch.float64)
+    with torch.no_grad():
+        dense.weight.copy_(torch.randn(O, rank, dtype=torch.float64) @ torch.randn(rank, I, dtype=torch.float64))
+    layer = DLoRLinear.from_dense(dense, r)
+    scale = 1 + dense.weight.norm()
+    assert (layer.to_dense() - dense.weight).norm() <= 1e-10 * scale
+    x = torch.randn(4, I, dtype=torch.float64)
+    assert (layer(x) - dense(x)).norm() <= 1e-10 * scale * (1 + x.norm())
+    full = torch.eye(O, I, dtype=torch.float64)
+    assert layer.depth == max(1, math.ceil(torch.linalg.matrix_rank(dense.weight - full).item() / r))
+
+
+def test_a_float32_layer_stays_one():
+    pytest.importorskip("scipy")
+    torch.manual_seed(0)
+    dense = nn.Linear(40, 24, bias=False)
+    layer = DLoRLinear.from_dense(dense, 4)
+    assert {parameter.dtype for parameter in layer.parameters()} == {torch.float32}
+    assert layer.bias is None
+    x = torch.randn(8, 40)
+    assert (layer(x) - dense(x)).norm() <= 1e-5 * dense(x).norm() + 1e-5
+
+
+def test_a_language_model_without_dense_projections_learns_and_is_saved(tmp_path):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    names = replace_linear_layers(model, r=2, depth=2)
+    assert len(names) == 2 * 7 + 1
+    assert not any(isinstance(module, nn.Linear) for module in model.modules())
+    ids = torch.randint(61, (4, 12))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(40):
+        loss = model(input_ids=ids, labels=ids).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.3 * losses[0]
+    save_model(model, tmp_path / "model.safetensors")
+    other = LlamaForCausalLM(LlamaConfig(**SMALL))
+    replace_linear_layers(other, r=2, depth=2)
+    load_model(other, tmp_path / "model.safetensors")
+    assert torch.equal(other(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_layers_of_gpt2_are_transposed():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=24, n_layer=1, n_head=2))
+    names = replace_linear_layers(model, r=2, exclude=["lm_head"])
+    assert names == [f"transformer.h.0.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    layer = model.transformer.h[0].attn.c_attn
+    assert (layer.in_features, layer.out_features) == (24, 72)
+    assert model(input_ids=torch.randint(61, (1, 5))).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("build", "exclude", "message"),
+    [
+        (lambda: GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=24, n_layer=1, n_head=2)), (), "lm_head shares its"),
+        (lambda: nn.Sequential(nn.Linear(2, 2)), ["nope"], "exclude names no linear layer: 'nope'. The model has 0."),
+        (lambda: nn.Sequential(nn.Linear(2, 2)), ["0"], "has no linear layer to replace"),
+        (lambda: nn.MultiheadAttention(4, 2), (), "out_proj is a NonDynamicallyQuantizableLinear"),
+    ],
+)
+def test_what_cannot_be_replaced_is_named_and_nothing_is(build, exclude, message):
+    model = build()
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=message):
+        replace_linear_layers(model, r=2, exclude=exclude)
+    assert [type(module) for module in model.modules()] == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"r": 0}, "r = 0; it must be at least 1"),
+        ({"r": 1, "depth": 0}, "depth = 0; it must be at least 1"),
+        ({"r": 1, "diagonal": "full"}, "diagonal 'full' is none of 'vector', 'scalar', 'none'"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DLoRLinear(4, 4, **arguments)
+
+
+def test_t5_reads_the_weight_of_a_layer():
+    model = T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=61,
+            d_model=24,
+            d_kv=8,
+            d_ff=40,
+            num_layers=1,
+            num_heads=3,
+            decoder_start_token_id=0,
+        )
+    )
+    replace_linear_layers(model, r=2, exclude=["lm_head"])
+    ids = torch.randint(61, (1, 5))
+    assert model(input_ids=ids, labels=ids).loss.isfinite()
