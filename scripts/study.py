@@ -1,0 +1,154 @@
+"""DLoR beside other PEFT methods and full fine-tuning, at equal parameters, on real data.
+
+    python scripts/study.py --shared DIR --minutes 60                 # go on with the runs that are missing
+    python scripts/study.py --shared DIR --tasks "stsb" --budgets 1 8 --methods lora "dlor scaled"
+    python scripts/study.py --report                                  # tables and figures of what is there
+
+DIR holds data/ and models/ as study_parts/tasks.py reads them. Rows are appended to study_parts/results, one file for
+each kind of hardware, as runs finish; a run that is there is never repeated. Runs go side by side, one thread each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+CORE_METHODS = (
+    "lora",
+    "dlor scaled",
+    "dlor scaled both",
+    "dora",
+    "dlor additive",
+    "dlor multiplicative",
+    "rslora",
+    "lora+",
+    "pissa",
+    "hra",
+    "miss",
+    "oft",
+    "vera",
+    "ia3",
+    "head",
+    "full",
+)
+CORE_TASKS = ("banking77 10 a class", "stsb 500 pairs", "shakespeare stories260K")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", type=Path, help="the folder of data and models")
+    parser.add_argument("--minutes", type=float, default=60, help="no run is started later")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--tasks", nargs="+", default=CORE_TASKS)
+    parser.add_argument("--methods", nargs="+", default=CORE_METHODS)
+    parser.add_argument("--budgets", nargs="+", type=int, default=(1, 2, 4, 8))
+    parser.add_argument("--seeds", type=int, default=5, help="how many are run on test with the best learning rate")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    arguments = parser.parse_args()
+    if arguments.report:
+        from study_parts.report import write_report
+
+        print(write_report())
+        return 0
+    if arguments.shared is None:
+        parser.error("--shared: the folder of data and models is needed to run")
+    # before torch loads: a run has one core
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    run_missing(arguments)
+    return 0
+
+
+def run_missing(arguments: argparse.Namespace) -> None:
+    from study_parts.methods import METHODS, UNMATCHED, allocate
+    from study_parts.results import Results, Run
+    from study_parts.schedule import cells, missing
+    from study_parts.tasks import tasks
+
+    known = tasks(arguments.shared)
+    for name, words, allowed in (
+        ("--tasks", arguments.tasks, known),
+        ("--methods", arguments.methods, (*METHODS, *UNMATCHED)),
+    ):
+        if wrong := [word for word in words if word not in allowed]:
+            sys.exit(f"study: {name}: {wrong[0]!r} is none of {', '.join(allowed)}")
+    results = Results()
+    layers = {name: known[name].targets(known[name].build(0)) for name in arguments.tasks}
+    plan = []
+    for cell in cells(arguments.tasks, arguments.methods, arguments.budgets):
+        if cell.method == "head" and known[cell.task].head is None:
+            continue
+        if cell.method in METHODS and allocate(METHODS[cell.method], layers[cell.task], cell.k) is None:
+            print(f"left out: {cell.method} can't have the parameters of LoRA r {cell.k} on {cell.task}")
+            continue
+        plan.append(cell)
+    facts = {"versions": versions(), "commit": commit()}
+    end = time.monotonic() + 60 * arguments.minutes
+    pending: dict[Future[dict[str, Any]], Run] = {}
+
+    def next_runs() -> Iterator[Run]:
+        for cell in plan:
+            for run in missing(cell, known[cell.task], results.rows, arguments.seeds):
+                if run not in pending.values():
+                    yield run
+
+    with ProcessPoolExecutor(arguments.workers, get_context("spawn")) as pool:
+        while True:
+            if time.monotonic() < end:
+                for run in next_runs():
+                    if len(pending) >= arguments.workers:
+                        break
+                    pending[pool.submit(run_in_process, run, arguments.shared)] = run
+            if not pending:
+                return
+            done, _ = wait(pending, return_when=FIRST_COMPLETED)
+            for future in done:
+                run = pending.pop(future)
+                row = future.result()
+                results.add(run, {**row, **facts})
+                print(
+                    f"{run.task} | {run.method} | k {run.k} | lr {run.lr} | seed {run.seed} | {told(row)}", flush=True
+                )
+
+
+def run_in_process(run: Any, shared: Path) -> dict[str, Any]:
+    from study_parts.training import run_one
+
+    return run_one(run, shared)
+
+
+def told(row: dict[str, Any]) -> str:
+    if "diverged" in row:
+        return f"diverged at step {row['diverged']}"
+    split = "dev" if "dev" in row else "test"
+    metrics = ", ".join(f"{name} {value:.4f}" for name, value in row[split].items())
+    return f"{split} {metrics}, {row['parameters']:,} parameters, {row['seconds_per_step']:.2f} s a step"
+
+
+def versions() -> dict[str, str]:
+    from dlor_peft.training.report import installed_versions
+
+    return installed_versions()
+
+
+def commit() -> str:
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

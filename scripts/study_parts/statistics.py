@@ -1,0 +1,52 @@
+"""Paired differences of two methods over seeds: bootstrap intervals, Holm's correction, equivalence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of paired values: the mean, a 95% bootstrap interval, and p of a paired t-test that it is 0."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    equivalence_p: float
+    """Of two one-sided paired t-tests that it lies within the margin; small where the two are equivalent."""
+
+
+def paired(one: Sequence[float], other: Sequence[float], margin: float) -> Difference:
+    """one - other, value by value: the same seeds in the same order; `margin` is what would not matter."""
+    difference = np.asarray(one) - np.asarray(other)
+    mean = float(difference.mean())
+    if np.ptp(difference) == 0:
+        p = 1.0 if mean == 0 else 0.0
+        return Difference(mean, mean, mean, p, 0.0 if abs(mean) < margin else 1.0)
+    resampled = stats.bootstrap(
+        (difference,),
+        np.mean,
+        confidence_level=0.95,
+        n_resamples=9999,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    p = float(stats.ttest_1samp(difference, 0).pvalue)
+    above = stats.ttest_1samp(difference, -margin, alternative="greater").pvalue
+    below = stats.ttest_1samp(difference, margin, alternative="less").pvalue
+    return Difference(mean, float(resampled.low), float(resampled.high), p, float(max(above, below)))
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Holm's adjusted p values of one family of tests."""
+    adjusted, largest = {}, 0.0
+    ordered = sorted(p_values, key=lambda name: p_values[name])
+    for rank, name in enumerate(ordered):
+        largest = max(largest, min(1.0, (len(ordered) - rank) * p_values[name]))
+        adjusted[name] = largest
+    return adjusted

@@ -1,0 +1,137 @@
+"""One run: a method on a task, at a budget, a learning rate and a seed."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from peft.optimizers import create_loraplus_optimizer
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_linear_schedule_with_warmup
+
+from .methods import METHODS, UNMATCHED, allocate, num_parameters
+from .results import Run
+from .tasks import Task, tasks
+
+SELECTION_SEED = 0
+"""The learning rate is chosen with it, on dev; the seeds that are reported are others, on test."""
+
+WARMUP = 0.1
+
+
+def run_one(run: Run, shared: Path) -> dict[str, Any]:
+    """The row of a run, without its key; `diverged` in the place of metrics where the loss is no number."""
+    torch.set_num_threads(1)
+    task = tasks(shared)[run.task]
+    model, facts = adapted(task, run)
+    optimizer, schedule = optimizer_of(task, run, model)
+    model.train()
+    losses, seconds, saved = [], [], 0
+    for step, rows in enumerate(task.batches(run.seed)):
+        start = time.perf_counter()
+        if step == 1:
+            loss, saved = _with_saved_bytes(task, model, rows)
+        else:
+            loss = task.loss(model, rows)
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - start)
+        if not torch.isfinite(loss):
+            return {**facts, "diverged": step}
+    model.eval()
+    split = "dev" if run.seed == SELECTION_SEED else "test"
+    return {
+        **facts,
+        split: task.evaluate(model, split),
+        "train_loss": sum(losses[-20:]) / len(losses[-20:]),
+        "base_loss": task.forgotten(model),
+        "seconds_per_step": sorted(seconds)[len(seconds) // 2],
+        "saved_bytes": saved,
+    }
+
+
+def adapted(task: Task, run: Run) -> tuple[nn.Module, dict[str, Any]]:
+    """The model with what is to be trained, and its size. The head is drawn before the adapter."""
+    base = task.build(run.seed)
+    if run.method in UNMATCHED:
+        for name, parameter in base.named_parameters():
+            is_head = task.head is not None and name.startswith(f"{task.head}.")
+            parameter.requires_grad_(is_head or run.method == "full")
+        model: nn.Module = base
+        trained = sum(p.numel() for name, p in base.named_parameters() if p.requires_grad)
+        return model, {"parameters": trained, "budget": None, "adapter_bytes": 4 * trained}
+    method, layers = METHODS[run.method], task.targets(base)
+    ranks = allocate(method, layers, run.k)
+    if ranks is None:
+        raise ValueError(f"study: {run.method} can't have the parameters of LoRA r {run.k} on these layers.")
+    config = method.config(ranks, layers)
+    # PEFT saves and trains the head of a classifier by itself
+    config.task_type = None
+    torch.manual_seed(run.seed)
+    model = get_peft_model(base, config)
+    adapter = [p for p in model.parameters() if p.requires_grad]
+    count = sum(p.numel() for p in adapter)
+    if count != num_parameters(method, layers, ranks):
+        raise RuntimeError(f"{run.method}: {count} parameters, not {num_parameters(method, layers, ranks)}")
+    if task.head is not None:
+        base.get_submodule(task.head).requires_grad_(True)
+    budget = run.k * sum(I + O for I, O in layers.values())
+    return model, {"parameters": count, "budget": budget, "adapter_bytes": sum(p.nbytes for p in adapter)}
+
+
+def optimizer_of(task: Task, run: Run, model: nn.Module) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """AdamW without decay, linear warm-up and decay to 0; the head has a rate of its own."""
+    head = [p for name, p in model.named_parameters() if p.requires_grad and _is_head(task, name)]
+    known = {id(p) for p in head}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    lora_plus = METHODS[run.method].lora_plus if run.method in METHODS else None
+    if lora_plus is not None:
+        for p in head:
+            p.requires_grad_(False)
+        optimizer = create_loraplus_optimizer(
+            model,
+            torch.optim.AdamW,
+            lr=run.lr,
+            loraplus_lr_ratio=lora_plus,
+            weight_decay=0.0,  # pyright: ignore[reportArgumentType]
+        )
+        for p in head:
+            p.requires_grad_(True)
+        optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+    else:
+        optimizer = torch.optim.AdamW(rest, lr=run.lr, weight_decay=0.0) if rest else None
+    if head:
+        group = {"params": head, "lr": run.lr if run.method == "head" else task.head_lr, "weight_decay": 0.0}
+        if optimizer is None:
+            optimizer = torch.optim.AdamW([group])
+        else:
+            optimizer.add_param_group(group)
+    assert optimizer is not None
+    return optimizer, get_linear_schedule_with_warmup(optimizer, int(WARMUP * task.steps), task.steps)
+
+
+def _is_head(task: Task, name: str) -> bool:
+    return task.head is not None and f"{task.head}." in name
+
+
+def _with_saved_bytes(task: Task, model: nn.Module, rows: list[Any]) -> tuple[torch.Tensor, int]:
+    """The loss, and the bytes that autograd keeps for its backward pass: each storage once, parameters left out."""
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        return task.loss(model, rows), sum(sizes.values())
