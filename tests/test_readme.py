@@ -13,6 +13,7 @@ from tiny_models import build, inputs
 
 import dlor_peft
 from dlor_peft.cli import main
+from dlor_peft.training.launch import PACKAGED
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -72,7 +73,8 @@ def test_the_dlor_commands_parse(words, tmp_path, monkeypatch, capsys):
         return
     monkeypatch.chdir(ROOT)
     (tmp_path / "my.yaml").write_text((ROOT / "recipes" / "smol-lm-sft.yaml").read_text().replace("./", "/"))
-    words = [str(tmp_path / word) if word == "my.yaml" else word for word in words[1:]]
+    (tmp_path / "my-accelerate.yaml").write_text(PACKAGED["fsdp2"].read_text())
+    words = [str(tmp_path / word) if (tmp_path / word).is_file() else word for word in words[1:]]
     # instead of what it would do
     words = [word for word in words if word != "--dry-run"]
     assert main([*words, "--explain"]) == 0
