@@ -133,7 +133,7 @@ def told(row: dict[str, Any]) -> str:
     return f"{split} {metrics}, {row['parameters']:,} parameters, {row['seconds_per_step']:.2f} s a step"
 
 
-def versions() -> dict[str, str]:
+def versions() -> dict[str, str | None]:
     from dlor_peft.training.report import installed_versions
 
     return installed_versions()

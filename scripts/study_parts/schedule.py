@@ -46,13 +46,6 @@ def _has_no_budget(method: str) -> bool:
     return method in UNMATCHED or METHODS[method].ranks == (SINGLE,)
 
 
-def best_exponent(cell: Cell, task: Task, rows: Mapping[Run, dict[str, Any]]) -> int | None:
-    """The best of a grid that is complete; None where a run of it is missing."""
-    if _missing_of_grid(cell, task, rows):
-        return None
-    return _best(cell, task, rows)
-
-
 def missing(cell: Cell, task: Task, rows: Mapping[Run, dict[str, Any]], num_seeds: int) -> list[Run]:
     """The next runs that can go side by side."""
     grid = _missing_of_grid(cell, task, rows)
@@ -69,8 +62,8 @@ def _missing_of_grid(cell: Cell, task: Task, rows: Mapping[Run, dict[str, Any]])
         if lacking:
             return lacking
         best = _best(cell, task, rows, wanted)
-        if best == min(wanted) and best > LIMITS[0]:
-            wanted.append(best - 1)
+        if best in (None, min(wanted)) and min(wanted) > LIMITS[0]:
+            wanted.append(min(wanted) - 1)
         elif best == max(wanted) and best < LIMITS[1]:
             wanted.append(best + 1)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -36,10 +37,10 @@ def paired(one: Sequence[float], other: Sequence[float], margin: float) -> Diffe
         method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval
-    p = float(stats.ttest_1samp(difference, 0).pvalue)
-    above = stats.ttest_1samp(difference, -margin, alternative="greater").pvalue
-    below = stats.ttest_1samp(difference, margin, alternative="less").pvalue
-    return Difference(mean, float(resampled.low), float(resampled.high), p, float(max(above, below)))
+    p = _p_value(difference, 0, "two-sided")
+    above = _p_value(difference, -margin, "greater")
+    below = _p_value(difference, margin, "less")
+    return Difference(mean, float(resampled.low), float(resampled.high), p, max(above, below))
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -50,3 +51,8 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
         largest = max(largest, min(1.0, (len(ordered) - rank) * p_values[name]))
         adjusted[name] = largest
     return adjusted
+
+
+def _p_value(values: np.ndarray, mean: float, alternative: str) -> float:
+    result: Any = stats.ttest_1samp(values, mean, alternative=alternative)
+    return float(result.pvalue)

@@ -87,7 +87,7 @@ def adapted(task: Task, run: Run) -> tuple[nn.Module, dict[str, Any]]:
     return model, {"parameters": count, "budget": budget, "adapter_bytes": sum(p.nbytes for p in adapter)}
 
 
-def optimizer_of(task: Task, run: Run, model: nn.Module) -> tuple[torch.optim.Optimizer, LambdaLR]:
+def optimizer_of(task: Task, run: Run, model: Any) -> tuple[torch.optim.Optimizer, LambdaLR]:
     """AdamW without decay, linear warm-up and decay to 0; the head has a rate of its own."""
     head = [p for name, p in model.named_parameters() if p.requires_grad and _is_head(task, name)]
     known = {id(p) for p in head}
