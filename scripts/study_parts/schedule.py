@@ -56,7 +56,7 @@ def missing(cell: Cell, task: Task, rows: Mapping[Run, dict[str, Any]], num_seed
 
 
 def _missing_of_grid(cell: Cell, task: Task, rows: Mapping[Run, dict[str, Any]]) -> list[Run]:
-    wanted = list(GRID)
+    wanted: list[int] = list(GRID)
     while True:
         lacking = [run for exponent in wanted if (run := cell.run(exponent, SELECTION_SEED)) not in rows]
         if lacking:
@@ -64,8 +64,8 @@ def _missing_of_grid(cell: Cell, task: Task, rows: Mapping[Run, dict[str, Any]])
         best = _best(cell, task, rows, wanted)
         if best in (None, min(wanted)) and min(wanted) > LIMITS[0]:
             wanted.append(min(wanted) - 1)
-        elif best == max(wanted) and best < LIMITS[1]:
-            wanted.append(best + 1)
+        elif best == max(wanted) and max(wanted) < LIMITS[1]:
+            wanted.append(max(wanted) + 1)
         else:
             return []
 
