@@ -1,0 +1,119 @@
+"""The claims of the paper behind DLoR (arXiv 2605.05659), measured: a figure, numbers and a caption for each.
+
+    python scripts/paper.py                       # all, to recipes/paper
+    python scripts/paper.py --only a,d            # some; the others keep their numbers
+    python scripts/paper.py --quick               # small sizes, to runs/paper
+
+    a  interpolation   rank-1 layers interpolate scalars
+    b  blindness       and cannot approximate functions
+    c  repair          alpha I repairs it
+    d  reconstruction  every matrix is a sum and a product of DLoR terms
+    e  activations     any activation will do, as h goes to 0
+    f  sawtooth        depth against width
+
+One thread, the CPU, fixed seeds. Needs the extras train and factorise. Claims are taken from the paper's abstract.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark.report import environment
+from paper_parts import activations, blindness, interpolation, reconstruction, repair, sawtooth
+
+from dlor_peft.training.folder import atomic
+
+ROOT = Path(__file__).parents[1]
+PARTS = {
+    "a": interpolation,
+    "b": blindness,
+    "c": repair,
+    "d": reconstruction,
+    "e": activations,
+    "f": sawtooth,
+}
+TITLES = {
+    "a": "Rank-1 networks interpolate",
+    "b": "Rank-1 networks are blind",
+    "c": "A diagonal repairs them",
+    "d": "Exact reconstruction",
+    "e": "General activations",
+    "f": "Depth and width",
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--only", metavar="a,b,...", default=",".join(PARTS), help="letters of experiments")
+    parser.add_argument("--quick", action="store_true", help="small sizes, for a test")
+    parser.add_argument("--out", type=Path, help="folder (default: recipes/paper, with --quick runs/paper)")
+    arguments = parser.parse_args()
+    arguments.only = arguments.only.split(",")
+    if unknown := [letter for letter in arguments.only if letter not in PARTS]:
+        parser.error(f"--only: {', '.join(map(repr, unknown))} is none of {', '.join(PARTS)}.")
+    arguments.out = arguments.out or ROOT / ("runs" if arguments.quick else "recipes") / "paper"
+    return arguments
+
+
+def file_name(letter: str) -> str:
+    return f"{PARTS[letter].__name__.rpartition('.')[2]}.png"
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    # the sizes are small: a second thread costs more than it brings
+    torch.set_num_threads(1)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / "numbers.json"
+    parts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    hardware = environment("cpu")
+    for letter in arguments.only:
+        started = time.perf_counter(), time.process_time()
+        numbers = PARTS[letter].run(arguments.quick)
+        wall, cpu = time.perf_counter() - started[0], time.process_time() - started[1]
+        print(f"({letter}) {TITLES[letter]}: {wall:.0f} s, of the CPU {cpu:.0f} s", flush=True)
+        measured = {"quick": arguments.quick, "seconds": round(wall, 1), "environment": hardware, "numbers": numbers}
+        # figures and captions are made of what is in the file
+        parts[letter] = json.loads(json.dumps(measured))
+        with atomic(arguments.out / file_name(letter)) as partial:
+            PARTS[letter].draw(parts[letter]["numbers"]).savefig(partial, dpi=100, format="png")
+    parts = {letter: parts[letter] for letter in PARTS if letter in parts}
+    with atomic(path) as partial:
+        partial.write_text(json.dumps(parts, indent=1) + "\n", encoding="utf-8")
+    with atomic(arguments.out / "captions.md") as partial:
+        partial.write_text(captions(parts), encoding="utf-8")
+    print(f"{arguments.out}: {', '.join(file_name(letter) for letter in arguments.only)}, numbers.json, captions.md")
+    return 0
+
+
+def captions(parts: dict[str, Any]) -> str:
+    """A section for each experiment, with its figure."""
+    sections = [
+        "# The paper, measured\n\nClaims are those of the abstract of arXiv 2605.05659; numbers are of `python "
+        "scripts/paper.py`, in full in `numbers.json`. Every verdict is computed from them."
+    ]
+    for letter, part in parts.items():
+        mark = " (quick run: too small to conclude from)" if part["quick"] else ""
+        text = PARTS[letter].caption(part["numbers"])
+        title = f"## ({letter}) {TITLES[letter]}{mark}"
+        sections.append(f"{title}\n\n![{TITLES[letter]}]({file_name(letter)})\n\n{text}")
+    times = {letter: part["seconds"] for letter, part in parts.items()}
+    hardware = next(iter(parts.values()))["environment"]
+    told = ", ".join(f"{letter} {seconds:.0f} s" for letter, seconds in times.items())
+    sections.append(
+        f"Run on {hardware['cpu']}, {hardware['threads']} thread, torch {hardware['versions']['torch']}, in "
+        f"{sum(times.values()):.0f} s ({told})."
+    )
+    return "\n\n".join(sections) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
