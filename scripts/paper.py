@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from benchmark.report import environment
-from paper_parts import activations, blindness, interpolation, reconstruction, repair, sawtooth
+from paper_parts import activations, blindness, figures, interpolation, reconstruction, repair, sawtooth
 
 from dlor_peft.training.folder import atomic
 
@@ -81,10 +81,10 @@ def main() -> int:
         wall, cpu = time.perf_counter() - started[0], time.process_time() - started[1]
         print(f"({letter}) {TITLES[letter]}: {wall:.0f} s, of the CPU {cpu:.0f} s", flush=True)
         measured = {"quick": arguments.quick, "seconds": round(wall, 1), "environment": hardware, "numbers": numbers}
-        # figures and captions are made of what is in the file
-        parts[letter] = json.loads(json.dumps(measured))
+        # the figure and the caption are made of what the file will hold
+        parts[letter] = rounded(measured)
         with atomic(arguments.out / file_name(letter)) as partial:
-            PARTS[letter].draw(parts[letter]["numbers"]).savefig(partial, dpi=100, format="png")
+            figures.save(PARTS[letter].draw(parts[letter]["numbers"]), partial)
     parts = {letter: parts[letter] for letter in PARTS if letter in parts}
     with atomic(path) as partial:
         partial.write_text(json.dumps(parts, indent=1) + "\n", encoding="utf-8")
@@ -92,6 +92,11 @@ def main() -> int:
         partial.write_text(captions(parts), encoding="utf-8")
     print(f"{arguments.out}: {', '.join(file_name(letter) for letter in arguments.only)}, numbers.json, captions.md")
     return 0
+
+
+def rounded(value: Any) -> Any:
+    """As JSON gives it back, six digits of each float."""
+    return json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.6g}"))
 
 
 def captions(parts: dict[str, Any]) -> str:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from statistics import median
+
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 
 def panels(number: int) -> tuple[Figure, list[Axes]]:
@@ -29,5 +35,12 @@ def verdict(agrees: bool, where: str = "") -> str:
 
 def spread(values: list[float]) -> str:
     """median [lowest, highest]"""
-    ordered = sorted(values)
-    return f"{ordered[len(ordered) // 2]:.2g} [{ordered[0]:.2g}, {ordered[-1]:.2g}]"
+    return f"{median(values):.2g} [{min(values):.2g}, {max(values):.2g}]"
+
+
+def save(figure: Figure, path: Path) -> None:
+    """A PNG of 64 colours, a third of the size of one with all."""
+    figure.set_dpi(100)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(64).save(path, "PNG", optimize=True)

@@ -88,15 +88,15 @@ def caption(numbers: dict[str, Any]) -> str:
     rows = numbers["activations"]
     worst = {name: max(*row["noise"], *row["function"]) for name, row in rows.items()}
     unseen = min(min(row["fresh"]) for row in rows.values())
-    largest = numbers["sizes"][-1]
+    condition = max(max(row["condition"]) for row in rows.values())
     agrees = max(worst.values()) < 1e-6 and unseen > 0.95 * numbers["floor"]
     errors = ", ".join(f"{name} {error:.0e}" for name, error in worst.items())
     return (
-        "**Claim.** Networks of rank-1 layers interpolate any scalar data set exactly, but collapse where a function is "
-        "to be approximated.\n\n"
-        f"**Measured.** One hidden layer u v^T with N units, x in R^{numbers['dimension']}, N up to {largest}, float64. "
-        f"Largest error at the data over max |y|, of all N: {errors}. This is rounding, multiplied by the condition of "
-        f"the N x N system (up to {max(max(row['condition']) for row in rows.values()):.0e}). The same networks through "
-        f"samples of |x|^2 err at unseen x by {unseen:.2f} of its variance at best, whatever N; no function of one "
-        f"v^T x can come below {numbers['floor']:.3f}. " + figures.verdict(agrees)
+        "**Claim.** Networks of rank-1 layers interpolate any scalar data set exactly, but collapse where a function "
+        "is to be approximated.\n\n"
+        f"**Measured.** One hidden layer u v^T of N units, constructed, x in R^{numbers['dimension']}, N up to "
+        f"{numbers['sizes'][-1]}, float64. Largest error at the data over max |y|, of all N: {errors}. That is "
+        f"rounding times the condition of the N x N system (up to {condition:.0e}). The same networks through values "
+        f"of |x|^2 err at unseen x by {unseen:.2f} of its variance at best, whatever N. No function of one v^T x can "
+        f"come below {numbers['floor']:.3f}. {figures.verdict(agrees)}"
     )

@@ -5,8 +5,10 @@ Nets of one shape are stacked and trained in one pass, each from its own seed. A
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +59,7 @@ def chain(matrices: Sequence[nn.Module], width: int, activation: str) -> nn.Sequ
 def dlor_net(inputs: int, width: int, num_layers: int, activation: str, alpha: str = "trained") -> nn.Sequential:
     """Layers of rank 1, the first from the inputs to the width."""
     sizes = [inputs, *[width] * num_layers]
-    matrices = [dlor_layer(I, O, 1, alpha) for I, O in zip(sizes, sizes[1:], strict=False)]
+    matrices = [dlor_layer(I, O, 1, alpha) for I, O in itertools.pairwise(sizes)]
     return chain(matrices, width, activation)
 
 
@@ -97,7 +99,7 @@ class Ensemble:
 
     @torch.no_grad()
     def error(self, x: Tensor, y: Tensor) -> list[float]:
-        """Mean square error of each net over the variance of y: 1 is what the best constant reaches; inf if it is nan."""
+        """Mean square error of each net over the variance of y: 1 is the best constant's; inf where it is nan."""
         errors = (self(x) - y).square().mean((1, 2)) / y.var(correction=0)
         return errors.nan_to_num(nan=math.inf).tolist()
 
@@ -113,7 +115,3 @@ def best_rate(
     runs = {rate: fit(Ensemble(make, num_seeds), rate) for rate in rates}
     rate = min(runs, key=lambda rate: median(judge(runs[rate])))
     return rate, runs[rate]
-
-
-def median(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]

@@ -1,4 +1,4 @@
-"""(d) A = c I + sum_k U_k V_k^T and A = F_K ... F_1, each of K = ceil(rank(A - c I) / r) terms, for every kind of A."""
+"""(d) A = c I + sum_k U_k V_k^T and A = F_K ... F_1, K = ceil(rank(A - c I) / r), for every kind of A."""
 
 from __future__ import annotations
 
@@ -110,20 +110,19 @@ def draw(numbers: dict[str, Any]) -> Figure:
 
 def caption(numbers: dict[str, Any]) -> str:
     every = [row for rows in numbers.values() for row in rows]
-    missed = [row for row in every if not row["bound"] == row["sum_terms"] == row["product_factors"]]
+    exact = [row for row in every if row["bound"] == row["sum_terms"] == row["product_factors"]]
     errors = {key: max(row[key] for row in every) for key in ("sum_error", "product_error")}
     worst = max(numbers, key=lambda name: max(row["product_error"] for row in numbers[name]))
-    agrees = not missed and max(errors.values()) < 1e-10
+    ranks = ", ".join(map(str, sorted({row["r"] for row in every})))
+    agrees = len(exact) == len(every) and max(errors.values()) < 1e-10
     return (
-        "**Claim.** Every full-rank map is exactly a sum (width) or a product (depth) of ceil(rank(A - c I) / r) terms "
-        "alpha I + U V^T of rank r.\n\n"
+        "**Claim.** Every full-rank map is exactly a sum (width) or a product (depth) of ceil(rank(A - c I) / r) "
+        "terms alpha I + U V^T of rank r.\n\n"
         f"**Measured.** {len(numbers)} kinds of matrices, c = 1, n up to {max(row['n'] for row in every)}, r of "
-        f"{', '.join(str(r) for r in sorted({row['r'] for row in every}))}, float64: {len(every)} cases, of which "
-        f"{len(every) - len(missed)} have exactly the number of terms of the bound, both ways. Largest relative error: sum "
-        f"{errors['sum_error']:.0e}, product {errors['product_error']:.0e} ({worst}). Singular and defective matrices and "
-        "negative determinants are no exception, c = 0 is: a product of low-rank factors alone loses rank. "
-        + figures.verdict(agrees)
-        + "\n\n**Not confirmed here:** that depth is cheaper than width. For a linear map the two have the same number of "
-        "terms, and the product has one alpha for each factor where the sum has one in all. A gain of depth needs "
-        "activations between the factors: see (f)."
+        f"{ranks}, float64: {len(exact)} of {len(every)} cases have exactly the number of terms of the bound, both "
+        f"ways. Largest relative error: sum {errors['sum_error']:.0e}, product {errors['product_error']:.0e} "
+        f"({worst}). Full rank is not needed: singular and defective matrices are no exception. "
+        f"{figures.verdict(agrees)}\n\n"
+        "That depth is cheaper than width does not show here: for a linear map the two have the same number of "
+        "terms, and the product has one alpha more for each. A gain needs activations between the factors: (f)."
     )

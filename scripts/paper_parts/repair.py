@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from . import figures
 from .blindness import TARGETS, fit
-from .networks import ALPHAS, median
+from .networks import ALPHAS
 
 COLOURS = {"zero": "tab:grey", "from zero": "tab:orange", "trained": "tab:blue"}
 LABELS = {"zero": "alpha = 0", "from zero": "alpha trained from 0", "trained": "alpha trained"}

@@ -10,9 +10,9 @@ All have about as many parameters, ReLU, the same steps, batches, seeds and rate
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from . import figures
-from .networks import Ensemble, Activation, best_rate, chain, dlor_layer, median
+from .networks import Activation, Ensemble, best_rate, chain, dlor_layer
 
 NUM_LAYERS, NUM_TERMS = 3, 4
 BUDGET = 900
@@ -50,7 +50,7 @@ def tent(x: Tensor, times: int) -> Tensor:
 
 
 def exact(times: int) -> nn.Sequential:
-    """The sawtooth itself, as a ReLU net of `times` matrices alpha I + u v^T with alpha = 0: depth can, if it is found."""
+    """The sawtooth itself, as a ReLU net of rank-1 matrices (alpha = 0), two units wide."""
     parts: list[nn.Module] = [nn.Linear(1, 2, dtype=torch.float64)]
     for step in range(times):
         layer = dlor_layer(2, 2) if step else parts[0]
@@ -110,7 +110,7 @@ def run(quick: bool) -> dict[str, Any]:
     return {"steps": steps, "teeth": results}
 
 
-def winners(rows: dict[str, Any]) -> tuple[str, bool]:
+def winner(rows: dict[str, Any]) -> tuple[str, bool]:
     """The kind of the lowest median, and whether its worst seed is below the best seed of every other."""
     first = min(rows, key=lambda kind: median(rows[kind]["errors"]))
     others = [min(row["errors"]) for kind, row in rows.items() if kind != first]
@@ -139,28 +139,29 @@ def draw(numbers: dict[str, Any]) -> Figure:
 
 
 def caption(numbers: dict[str, Any]) -> str:
-    lines, depth_wins = [], []
+    lines, beats = [], []
     for count, content in numbers["teeth"].items():
         rows = content["trained"]
-        first, clear = winners(rows)
-        depth_wins.append(median(rows["depth"]["errors"]) < median(rows["width"]["errors"]))
+        first, is_clear = winner(rows)
+        if median(rows["depth"]["errors"]) < median(rows["width"]["errors"]):
+            beats.append(count)
         told = ", ".join(f"{kind} {figures.spread(row['errors'])}" for kind, row in rows.items())
-        lines.append(
-            f"{count} teeth: {told}; lowest median: {first}" + (", every seed" if clear else ", seeds overlap")
-        )
-    rows = content["trained"]
-    sizes = ", ".join(f"{kind} {row['parameters']} (width {row['width']})" for kind, row in rows.items())
-    exact_error = max(content["exact_error"] for content in numbers["teeth"].values())
-    exact_sizes = ", ".join(str(content["exact_parameters"]) for content in numbers["teeth"].values())
-    verdicts = {True: "Agrees", False: "Does not agree"}
-    whole = verdicts[depth_wins[0]] if len(set(depth_wins)) == 1 else "Agrees in part"
-    beats = [count for count, wins in zip(numbers["teeth"], depth_wins, strict=True) if wins]
+        lines.append(f"- {count} teeth: {told}. Lowest: {first}, {'in every seed' if is_clear else 'seeds overlap'}.")
+    contents = list(numbers["teeth"].values())
+    sizes = ", ".join(
+        f"{kind} {row['parameters']} (width {row['width']})" for kind, row in contents[0]["trained"].items()
+    )
+    exact_error = max(content["exact_error"] for content in contents)
+    exact_sizes = ", ".join(str(content["exact_parameters"]) for content in contents)
+    agrees = len(beats) == len(contents)
+    text = "Agrees" if agrees else f"Agrees at {', '.join(beats)} teeth only" if beats else "Does not agree"
     return (
         "**Claim.** Multiplicative depth gives more expressivity for a parameter than additive width.\n\n"
-        f"**Measured.** As a construction: the sawtooth itself, one layer u v^T for each further tent map, has {exact_sizes} "
-        f"parameters and the largest error {exact_error:.0e}. Trained: parameters {sizes}; {numbers['steps']} steps of "
-        f"Adam, the best of the rates {', '.join(f'{rate:g}' for rate in RATES)} for each. Error over variance between "
-        f"the training points, median [lowest, highest] of the seeds:\n\n- " + "\n- ".join(lines) + "\n\n"
-        f'Depth is below width at {", ".join(beats) or "no number of"} teeth. **{whole}** for trained networks. "depth, '
-        'linear" is the function class of "width", in another parametrisation.'
+        "**Measured.** As a construction: one layer u v^T for each further tent map, two units wide, is the sawtooth "
+        f"itself, with {exact_sizes} parameters and an error of {exact_error:.0e}. Trained: parameters {sizes}; "
+        f"{numbers['steps']} steps of Adam, for each the best of the rates {', '.join(f'{r:g}' for r in RATES)}. "
+        "Error over variance between the training points, median [lowest, highest] of the seeds:\n\n"
+        + "\n".join(lines)
+        + f'\n\nDepth against width, by the medians of trained networks: **{text}.** "depth, linear" is the '
+        'function class of "width" in another parametrisation.'
     )
