@@ -85,11 +85,12 @@ def main() -> int:
         parts[letter] = rounded(measured)
         with atomic(arguments.out / file_name(letter)) as partial:
             figures.save(PARTS[letter].draw(parts[letter]["numbers"]), partial)
-    parts = {letter: parts[letter] for letter in PARTS if letter in parts}
-    with atomic(path) as partial:
-        partial.write_text(json.dumps(parts, indent=1) + "\n", encoding="utf-8")
-    with atomic(arguments.out / "captions.md") as partial:
-        partial.write_text(captions(parts), encoding="utf-8")
+        # after each, so that an interrupted run leaves what it has
+        parts = {letter: parts[letter] for letter in PARTS if letter in parts}
+        with atomic(path) as partial:
+            partial.write_text(json.dumps(parts, indent=1) + "\n", encoding="utf-8")
+        with atomic(arguments.out / "captions.md") as partial:
+            partial.write_text(captions(parts), encoding="utf-8")
     print(f"{arguments.out}: {', '.join(file_name(letter) for letter in arguments.only)}, numbers.json, captions.md")
     return 0
 

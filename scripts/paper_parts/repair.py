@@ -31,7 +31,7 @@ def draw(numbers: dict[str, Any]) -> Figure:
         axis.hlines(
             floor, place - 0.35, place + 0.35, "black", linestyle="--", label=None if place else "floor at alpha = 0"
         )
-    axis.set_xticks(range(len(numbers)), list(numbers))
+    axis.set_xticks(range(len(numbers)), list(numbers), fontsize=8)
     figures.finish(axis, "", "mean square error / variance", "alpha I + u v^T, five seeds", log="y")
     return figure
 

@@ -19,25 +19,37 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from dlor_peft.nn import DLoRLinear
+
 from . import figures
 from .networks import Activation, Ensemble, best_rate, chain, dlor_layer
 
 NUM_LAYERS, NUM_TERMS = 3, 4
 BUDGET = 900
-RATES = (1e-3, 3e-3, 1e-2)
+NUM_POINTS = 256
+RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 
 
 def dense(n: int) -> nn.Linear:
-    """He's start, whose mean square passes ReLU unchanged; the rest start at PyTorch's and DLoRLinear's own."""
+    """He's start, whose mean square passes ReLU unchanged."""
     layer = nn.Linear(n, n, dtype=torch.float64)
     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    return layer
+
+
+def factor(n: int) -> DLoRLinear:
+    """alpha I + u v^T, which starts as one of the K factors of "depth, linear": so it trains better than by itself."""
+    layer, whole = dlor_layer(n, n), dlor_layer(n, n, depth=NUM_TERMS)
+    with torch.no_grad():
+        for name, value in layer.named_parameters():
+            value.copy_(whole.get_parameter(name)[: len(value)])
     return layer
 
 
 KINDS: dict[str, tuple[int, Callable[[int], nn.Module]]] = {
     "dense": (NUM_LAYERS, dense),
     "width": (NUM_LAYERS, lambda n: dlor_layer(n, n, NUM_TERMS)),
-    "depth": (NUM_LAYERS * NUM_TERMS, lambda n: dlor_layer(n, n)),
+    "depth": (NUM_LAYERS * NUM_TERMS, factor),
     "depth, linear": (NUM_LAYERS, lambda n: dlor_layer(n, n, depth=NUM_TERMS)),
 }
 
@@ -49,25 +61,24 @@ def tent(x: Tensor, times: int) -> Tensor:
     return x
 
 
+@torch.no_grad()
 def exact(times: int) -> nn.Sequential:
-    """The sawtooth itself, as a ReLU net of rank-1 matrices (alpha = 0), two units wide."""
-    parts: list[nn.Module] = [nn.Linear(1, 2, dtype=torch.float64)]
-    for step in range(times):
-        layer = dlor_layer(2, 2) if step else parts[0]
-        # T(x) = 2 relu(x) - 4 relu(x - 1/2) on [0, 1]
-        with torch.no_grad():
-            if step:
-                layer.delta.fill_(-1)
-                layer.U.fill_(1)
-                layer.V.copy_(layer.V.new_tensor([[[2.0], [-4.0]]]))
-            else:
-                layer.weight.fill_(1)
-            layer.bias.copy_(layer.bias.new_tensor([0.0, -0.5]))
-        parts += ([layer] if step else []) + [Activation("ReLU")]
-    last = nn.Linear(2, 1, dtype=torch.float64)
-    with torch.no_grad():
-        last.weight.copy_(last.weight.new_tensor([[2.0, -4.0]]))
-        last.bias.zero_()
+    """The sawtooth itself, as a ReLU net of rank-1 matrices (alpha = 0), two units wide.
+
+    T(x) = 2 relu(x) - 4 relu(x - 1/2) on [0, 1], whose kinks are the biases, and whose weights the next V.
+    """
+    first, last = nn.Linear(1, 2, dtype=torch.float64), nn.Linear(2, 1, dtype=torch.float64)
+    between = [dlor_layer(2, 2, alpha="zero") for _ in range(times - 1)]
+    weights, kinks = torch.tensor([2.0, -4.0]), torch.tensor([0, -0.5])
+    first.weight.fill_(1)
+    for layer in between:
+        layer.U.fill_(1)
+        layer.V.copy_(weights[None, :, None])
+    for layer in (first, *between):
+        layer.bias.copy_(kinks)
+    last.weight.copy_(weights[None])
+    last.bias.zero_()
+    parts = [part for layer in (first, *between) for part in (layer, Activation("ReLU"))]
     return nn.Sequential(*parts, last)
 
 
@@ -84,9 +95,9 @@ def width_of(kind: str) -> int:
 
 def run(quick: bool) -> dict[str, Any]:
     # x -> 2 x - 1 inside, so that the inputs are of mean 0
-    num_seeds, steps, teeth = (2, 50, [2]) if quick else (5, 3000, [2, 3, 4])
-    grid = torch.arange(512, dtype=torch.float64)[:, None]
-    seen, unseen = grid / 512, (grid + 0.5) / 512
+    num_seeds, steps, teeth = (2, 50, [2]) if quick else (5, 1500, [3, 4])
+    grid = torch.arange(NUM_POINTS, dtype=torch.float64)[:, None]
+    seen, unseen = grid / NUM_POINTS, (grid + 0.5) / NUM_POINTS
     results: dict[str, Any] = {}
     for times in teeth:
         y, y_unseen = tent(seen, times), tent(unseen, times)
