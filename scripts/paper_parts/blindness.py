@@ -119,7 +119,7 @@ def run(quick: bool) -> dict[str, Any]:
 def draw(numbers: dict[str, Any]) -> Figure:
     figure, (left, right) = figures.panels(2)
     for place, rows in enumerate(numbers.values()):
-        for row, colour in zip(rows, ("tab:blue", "tab:cyan"), strict=False):
+        for row, colour in zip(rows, ("tab:blue", "tab:orange"), strict=False):
             label = f"width {row['width']}" if place == 0 else None
             left.scatter([place] * len(row["errors"]), row["errors"], color=colour, s=14, label=label)
         left.hlines(

@@ -56,10 +56,12 @@ def chain(matrices: Sequence[nn.Module], width: int, activation: str) -> nn.Sequ
     return nn.Sequential(*parts, nn.Linear(width, 1, dtype=torch.float64))
 
 
-def dlor_net(inputs: int, width: int, num_layers: int, activation: str, alpha: str = "trained") -> nn.Sequential:
-    """Layers of rank 1, the first from the inputs to the width."""
+def dlor_net(
+    inputs: int, width: int, num_layers: int, activation: str, alpha: str = "trained", r: int = 1
+) -> nn.Sequential:
+    """Layers of rank r, the first, of rank r or `inputs` at most, from the inputs to the width."""
     sizes = [inputs, *[width] * num_layers]
-    matrices = [dlor_layer(I, O, 1, alpha) for I, O in itertools.pairwise(sizes)]
+    matrices = [dlor_layer(I, O, min(r, I), alpha) for I, O in itertools.pairwise(sizes)]
     return chain(matrices, width, activation)
 
 

@@ -41,6 +41,9 @@ def caption(numbers: dict[str, Any]) -> str:
         f"{name}: " + ", ".join(f"{LABELS[alpha]} {figures.spread(row['errors'])}" for alpha, row in rows.items())
         for name, rows in numbers.items()
     )
+    late = [rows["from zero"] for rows in numbers.values()]
+    blind = sum(error > 0.9 * row["floor"] for row in late for error in row["errors"])
+    number = sum(len(row["errors"]) for row in late)
     gains = [rows["zero"]["floor"] / median(rows["trained"]["errors"]) for rows in numbers.values()]
     sizes = "; ".join(f"{rows['zero']['parameters']} and {rows['trained']['parameters']}" for rows in numbers.values())
     return (
@@ -48,7 +51,8 @@ def caption(numbers: dict[str, Any]) -> str:
         "approximation.\n\n"
         "**Measured.** The networks and the training of (b); alpha is one more number a layer (parameters without and "
         f"with: {sizes}). Error over variance, median [lowest, highest] of the seeds: {told}. With alpha trained the "
-        f"median is {min(gains):.1f} to {max(gains):.0f} times below the floor of rank-1 networks. "
+        f"median is {min(gains):.3g} to {max(gains):.3g} times below the floor of rank-1 networks. "
         + figures.verdict(min(gains) > 2)
+        + f" Where alpha starts at 0, {blind} of {number} nets stay at the floor, so it should not start there."
         + " A width that is fixed leaves an error; (e) has error against width."
     )
