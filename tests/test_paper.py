@@ -105,11 +105,12 @@ def test_the_floor_is_the_conditional_variance(part):
 
 
 @pytest.mark.parametrize("times", [1, 2, 5])
-def test_the_sawtooth_is_a_network_of_rank_one(part, times):
+def test_the_sawtooth_is_a_network_of_rank_one_and_one_hidden_layer(part, times):
     sawtooth = part("sawtooth")
     x = torch.linspace(0, 1, 201, dtype=torch.float64)[:, None]
     y = sawtooth.tent(x, times)
-    assert (sawtooth.exact(times)(x) - y).abs().max() < 1e-12
+    for net in (sawtooth.exact(times), sawtooth.exact_shallow(times)):
+        assert (net(x) - y).abs().max() < 1e-12
     turns = sawtooth.tent(torch.arange(2**times + 1, dtype=torch.float64) / 2**times, times)
     assert turns.tolist() == [0, 1] * 2 ** (times - 1) + [0]
 

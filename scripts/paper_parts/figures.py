@@ -43,4 +43,6 @@ def save(figure: Figure, path: Path) -> None:
     figure.set_dpi(100)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(64).save(path, "PNG", optimize=True)
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE).save(
+        path, "PNG", optimize=True
+    )

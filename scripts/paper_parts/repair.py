@@ -53,6 +53,6 @@ def caption(numbers: dict[str, Any]) -> str:
         f"with: {sizes}). Error over variance, median [lowest, highest] of the seeds: {told}. With alpha trained the "
         f"median is {min(gains):.3g} to {max(gains):.3g} times below the floor of rank-1 networks. "
         + figures.verdict(min(gains) > 2)
-        + f" Where alpha starts at 0, {blind} of {number} nets stay at the floor, so it should not start there."
+        + f" Where alpha starts at 0, {blind} of {number} nets stay at the floor."
         + " A width that is fixed leaves an error; (e) has error against width."
     )

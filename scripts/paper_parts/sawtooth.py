@@ -82,6 +82,31 @@ def exact(times: int) -> nn.Sequential:
     return nn.Sequential(*parts, last)
 
 
+@torch.no_grad()
+def exact_shallow(times: int) -> nn.Sequential:
+    """The sawtooth as one hidden layer: a ReLU for each of its 2^times pieces, as few as there can be."""
+    n = 2**times
+    first, last = nn.Linear(1, n, dtype=torch.float64), nn.Linear(n, 1, dtype=torch.float64)
+    first.weight.fill_(1)
+    first.bias.copy_(-torch.arange(n) / n)
+    # the slope n, then turned over at every kink
+    last.weight.copy_(2 * n * (-1.0) ** torch.arange(n))
+    last.weight[0, 0] = n
+    last.bias.zero_()
+    return nn.Sequential(first, Activation("ReLU"), last)
+
+
+def constructions(times: int) -> dict[str, Any]:
+    """Parameters and largest errors of the sawtooth by depth and by width."""
+    x = torch.linspace(0, 1, 2**14 + 1, dtype=torch.float64)[:, None]
+    numbers: dict[str, Any] = {"maps": times}
+    for name, net in (("deep", exact(times)), ("shallow", exact_shallow(times))):
+        with torch.no_grad():
+            error = (net(x) - tent(x, times)).abs().max().item()
+        numbers[name] = {"parameters": sum(p.numel() for p in net.parameters()), "error": error}
+    return numbers
+
+
 def build(kind: str, width: int) -> nn.Sequential:
     number, matrix = KINDS[kind]
     first = nn.Linear(1, width, dtype=torch.float64)
@@ -113,12 +138,9 @@ def run(quick: bool) -> dict[str, Any]:
             )
             errors = nets.error(2 * unseen - 1, y_unseen)
             rows[kind] = {"width": width, "parameters": nets.num_parameters, "rate": rate, "errors": errors}
-        with torch.no_grad():
-            made = exact(times)
-            error = (made(unseen) - y_unseen).abs().max().item()
-        parameters = sum(p.numel() for p in made.parameters())
-        results[str(2 ** (times - 1))] = {"trained": rows, "exact_error": error, "exact_parameters": parameters}
-    return {"steps": steps, "teeth": results}
+        results[str(2 ** (times - 1))] = rows
+    maps = range(1, 4 if quick else 11)
+    return {"steps": steps, "constructions": [constructions(times) for times in maps], "teeth": results}
 
 
 def winner(rows: dict[str, Any]) -> tuple[str, bool]:
@@ -130,12 +152,12 @@ def winner(rows: dict[str, Any]) -> tuple[str, bool]:
 
 def draw(numbers: dict[str, Any]) -> Figure:
     figure, (left, right) = figures.panels(2)
-    times = max(int(count).bit_length() for count in numbers["teeth"])
-    x = torch.linspace(0, 1, 1025, dtype=torch.float64)
-    left.plot(x, tent(x, times), linewidth=0.8)
-    figures.finish(left, "x", "T(...T(x))", f"{2 ** (times - 1)} teeth", legend=False)
-    for place, content in enumerate(numbers["teeth"].values()):
-        for shift, (kind, row) in enumerate(content["trained"].items()):
+    for name, label in (("deep", "depth: u v^T, two units wide"), ("shallow", "width: one hidden layer")):
+        made = numbers["constructions"]
+        left.plot([row["maps"] for row in made], [row[name]["parameters"] for row in made], marker="o", label=label)
+    figures.finish(left, "tent maps composed", "parameters", "the exact sawtooth, constructed", log="y")
+    for place, rows in enumerate(numbers["teeth"].values()):
+        for shift, (kind, row) in enumerate(rows.items()):
             errors = [min(error, 10) for error in row["errors"]]
             right.scatter(
                 [place + 0.2 * (shift - 1.5)] * len(errors),
@@ -150,29 +172,38 @@ def draw(numbers: dict[str, Any]) -> Figure:
 
 
 def caption(numbers: dict[str, Any]) -> str:
-    lines, beats = [], []
-    for count, content in numbers["teeth"].items():
-        rows = content["trained"]
+    def depth_wins(measure: Callable[[list[float]], float]) -> list[str]:
+        return [
+            count
+            for count, rows in numbers["teeth"].items()
+            if measure(rows["depth"]["errors"]) < measure(rows["width"]["errors"])
+        ]
+
+    lines = []
+    for count, rows in numbers["teeth"].items():
         first, is_clear = winner(rows)
-        if median(rows["depth"]["errors"]) < median(rows["width"]["errors"]):
-            beats.append(count)
         told = ", ".join(f"{kind} {figures.spread(row['errors'])}" for kind, row in rows.items())
         lines.append(f"- {count} teeth: {told}. Lowest: {first}, {'in every seed' if is_clear else 'seeds overlap'}.")
-    contents = list(numbers["teeth"].values())
+    every = list(numbers["teeth"])
     sizes = ", ".join(
-        f"{kind} {row['parameters']} (width {row['width']})" for kind, row in contents[0]["trained"].items()
+        f"{kind} {row['parameters']} (width {row['width']})" for kind, row in numbers["teeth"][every[0]].items()
     )
-    exact_error = max(content["exact_error"] for content in contents)
-    exact_sizes = ", ".join(str(content["exact_parameters"]) for content in contents)
-    agrees = len(beats) == len(contents)
-    text = "Agrees" if agrees else f"Agrees at {', '.join(beats)} teeth only" if beats else "Does not agree"
+    made = numbers["constructions"]
+    error = max(row[name]["error"] for row in made for name in ("deep", "shallow"))
+    deep, shallow = (made[-1][name]["parameters"] for name in ("deep", "shallow"))
+    beats, worst = depth_wins(median), depth_wins(max)
+    text = "Agrees" if beats == every else f"Agrees at {', '.join(beats)} teeth only" if beats else "Does not agree"
     return (
         "**Claim.** Multiplicative depth gives more expressivity for a parameter than additive width.\n\n"
-        "**Measured.** As a construction: one layer u v^T for each further tent map, two units wide, is the sawtooth "
-        f"itself, with {exact_sizes} parameters and an error of {exact_error:.0e}. Trained: parameters {sizes}; "
-        f"{numbers['steps']} steps of Adam, for each the best of the rates {', '.join(f'{r:g}' for r in RATES)}. "
-        "Error over variance between the training points, median [lowest, highest] of the seeds:\n\n"
+        f"**Measured, constructed.** {made[-1]['maps']} tent maps composed: {deep} parameters by depth, one layer "
+        f"u v^T for each map, against {shallow} in one hidden layer, a unit for each piece. Depth adds "
+        f"{deep / made[-1]['maps']:g} a map, width doubles. Largest error {error:.0e}. "
+        f"{figures.verdict(error < 1e-9 and deep < shallow)}\n\n"
+        f"**Measured, trained.** Parameters {sizes}; {numbers['steps']} steps of Adam, for each the best of the "
+        f"rates {', '.join(f'{rate:g}' for rate in RATES)}. Error over variance between the training points, median "
+        "[lowest, highest] of the seeds:\n\n"
         + "\n".join(lines)
-        + f'\n\nDepth against width, by the medians of trained networks: **{text}.** "depth, linear" is the '
-        'function class of "width" in another parametrisation.'
+        + f"\n\nDepth against width, by the medians: **{text}.** By the worst seed depth is better at "
+        f'{" and ".join(worst) or "no number of"} teeth. "depth, linear" is the function class of "width" in '
+        "another parametrisation."
     )
