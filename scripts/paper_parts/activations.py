@@ -156,7 +156,8 @@ def draw(numbers: dict[str, Any]) -> Figure:
                 label=activation if grows else None,
             )
     title = "trained, 3 layers, rank width / 4 (dotted: 1)"
-    figures.finish(size, "width", "mean square error / variance, median", title, log="xy")
+    figures.finish(size, "width", "mean square error / variance, median", title, log="y")
+    size.set_xscale("log", base=2)
     return figure
 
 
