@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
+from . import checkpointing
 from .processes import deepspeed_on_cpu
 from .schema import Recipe
 from .sources import suggest
@@ -55,7 +56,7 @@ def build_training_arguments(recipe: Recipe, runs_here: bool = True) -> Training
     for name in ("hub_strategy", "hub_always_push"):
         if name in recipe.training:
             raise ValueError(f"training.{name}: dlor train pushes once, the finished adapter; drop it.")
-    values = _check_fields(arguments_class, recipe.training, "training")
+    values = _check_fields(arguments_class, checkpointing.renamed(recipe.training), "training")
     # a loss that is not finite is no loss to hide: `divergence` stops at it
     values.setdefault("logging_nan_inf_filter", False)
     checkpoints = Path(recipe.output_dir, "checkpoints")

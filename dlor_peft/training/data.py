@@ -89,6 +89,9 @@ def _load(where: str, *args: Any, **kwargs: Any) -> Dataset:
         split = load_dataset(*args, **kwargs)
     except (DatasetGenerationError, StopIteration) as error:
         raise ValueError(f"{where} cannot be read: {error.__cause__ or error or 'it is empty'}.") from error
+    except KeyError as error:
+        # datasets before 4.8 looks for each column in each row
+        raise ValueError(f"{where} cannot be read: a row has no {error.args[0]}.") from error
     if not len(split):
         raise ValueError(f"{where} has no rows.")
     return split

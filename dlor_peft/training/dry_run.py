@@ -15,6 +15,7 @@ from peft import get_peft_model
 
 from dlor_peft.deploy.tables import format_table
 
+from . import checkpointing
 from .checkpoints import find_checkpoint
 from .configs import build_adapter_config, build_training_arguments, needs_accelerator
 from .folder import RunFolder
@@ -143,7 +144,7 @@ class _DryRun:
         return trainer
 
     def _estimate(self, trainer: Trainer, batch: dict[str, Any]) -> str:
-        checkpointed = bool(trainer.args.activation_checkpointing)
+        checkpointed = checkpointing.is_on(trainer.args)
         try:
             memory = step_memory(trainer, batch, build_quantization(self.recipe.model.quantization))
         except Exception as error:

@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
+from . import checkpointing
+
 if TYPE_CHECKING:
     from transformers import Trainer
 
@@ -104,7 +106,7 @@ def step_memory(trainer: Trainer, batch: Mapping[str, Any], quantization: Any = 
         fake = {name: mode.from_tensor(value) if isinstance(value, Tensor) else value for name, value in batch.items()}
         inner: Any = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
         if inner.supports_gradient_checkpointing:
-            inner.activation_checkpointing_disable()
+            checkpointing.switch_off(inner)
         activations = _peak(trainer, model, fake)
         optimizer = trainer.create_optimizer()
         gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
@@ -114,7 +116,7 @@ def step_memory(trainer: Trainer, batch: Mapping[str, Any], quantization: Any = 
         states = sum(leaf.nbytes for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, Tensor))
         checkpointed = None
         if inner.supports_gradient_checkpointing:
-            inner.activation_checkpointing_enable(trainer.args.activation_checkpointing_kwargs)
+            checkpointing.switch_on(inner, trainer.args)
             checkpointed = max(_peak(trainer, model, fake) - gradients, 0)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     output = inner.get_output_embeddings()

@@ -16,6 +16,7 @@ from samples import TOKENIZER, write_rows
 from stand_ins import stand_in_data
 
 from dlor_peft.cli import main
+from dlor_peft.training import checkpointing
 from dlor_peft.training.configs import build_adapter_config, build_training_arguments
 from dlor_peft.training.dry_run import batches, for_dry_run
 from dlor_peft.training.memory import step_memory
@@ -308,7 +309,7 @@ def test_the_estimated_memory_is_what_a_step_allocates(write_recipe, tmp_path, c
     model, optimizer = trainer.model, trainer.create_optimizer()
     model.train()
     if checkpointed:
-        model.activation_checkpointing_enable()
+        checkpointing.switch_on(model, trainer.args)
 
     def step():
         trainer.compute_loss(model, dict(batch)).backward()
