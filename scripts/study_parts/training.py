@@ -89,32 +89,20 @@ def adapted(task: Task, run: Run) -> tuple[nn.Module, dict[str, Any]]:
 
 def optimizer_of(task: Task, run: Run, model: Any) -> tuple[torch.optim.Optimizer, LambdaLR]:
     """AdamW without decay, linear warm-up and decay to 0; the head has a rate of its own."""
-    head = [p for name, p in model.named_parameters() if p.requires_grad and _is_head(task, name)]
-    known = {id(p) for p in head}
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    head = [p for name, p in trained.items() if _is_head(task, name)]
+    groups = [{"params": [p for name, p in trained.items() if not _is_head(task, name)], "lr": run.lr}]
     lora_plus = METHODS[run.method].lora_plus if run.method in METHODS else None
     if lora_plus is not None:
+        # PEFT would sort the head among the factors
         for p in head:
             p.requires_grad_(False)
-        optimizer = create_loraplus_optimizer(
-            model,
-            torch.optim.AdamW,
-            lr=run.lr,
-            loraplus_lr_ratio=lora_plus,
-            weight_decay=0.0,  # pyright: ignore[reportArgumentType]
-        )
+        made = create_loraplus_optimizer(model, torch.optim.AdamW, lr=run.lr, loraplus_lr_ratio=lora_plus)
+        groups = [{"params": group["params"], "lr": group["lr"]} for group in made.param_groups]
         for p in head:
             p.requires_grad_(True)
-        optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
-    else:
-        optimizer = torch.optim.AdamW(rest, lr=run.lr, weight_decay=0.0) if rest else None
-    if head:
-        group = {"params": head, "lr": run.lr if run.method == "head" else task.head_lr, "weight_decay": 0.0}
-        if optimizer is None:
-            optimizer = torch.optim.AdamW([group])
-        else:
-            optimizer.add_param_group(group)
-    assert optimizer is not None
+    groups.append({"params": head, "lr": run.lr if run.method == "head" else task.head_lr})
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
     return optimizer, get_linear_schedule_with_warmup(optimizer, int(WARMUP * task.steps), task.steps)
 
 
