@@ -8,7 +8,7 @@ from typing import Any
 
 from .methods import METHODS, SINGLE, UNMATCHED
 from .results import Run
-from .tasks import Task
+from .task import Task
 from .training import SELECTION_SEED
 
 GRID = (-6, -5, -4)

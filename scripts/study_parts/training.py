@@ -15,7 +15,8 @@ from transformers import get_linear_schedule_with_warmup
 
 from .methods import METHODS, UNMATCHED, allocate, num_parameters
 from .results import Run
-from .tasks import Task, tasks
+from .task import Task
+from .tasks import tasks
 
 SELECTION_SEED = 0
 """The learning rate is chosen with it, on dev; the seeds that are reported are others, on test."""

