@@ -38,6 +38,7 @@ CORE_METHODS = (
     "ia3",
     "head",
     "full",
+    "probe",
 )
 CORE_TASKS = ("banking77 10 a class", "stsb 500 pairs", "shakespeare stories260K")
 
@@ -68,7 +69,7 @@ def main() -> int:
 
 
 def run_missing(arguments: argparse.Namespace) -> None:
-    from study_parts.methods import METHODS, UNMATCHED, allocate
+    from study_parts.methods import METHODS, PROBE, UNMATCHED, allocate
     from study_parts.results import Results, Run
     from study_parts.schedule import cells, missing
     from study_parts.tasks import tasks
@@ -76,7 +77,7 @@ def run_missing(arguments: argparse.Namespace) -> None:
     known = tasks(arguments.shared)
     for name, words, allowed in (
         ("--tasks", arguments.tasks, known),
-        ("--methods", arguments.methods, (*METHODS, *UNMATCHED)),
+        ("--methods", arguments.methods, (*METHODS, *UNMATCHED, PROBE)),
     ):
         if wrong := [word for word in words if word not in allowed]:
             sys.exit(f"study: {name}: {wrong[0]!r} is none of {', '.join(allowed)}")
@@ -84,7 +85,7 @@ def run_missing(arguments: argparse.Namespace) -> None:
     layers = {name: known[name].targets(known[name].build(0)) for name in arguments.tasks}
     plan = []
     for cell in cells(arguments.tasks, arguments.methods, arguments.budgets):
-        if cell.method == "head" and known[cell.task].head is None:
+        if cell.method in ("head", PROBE) and known[cell.task].head is None:
             continue
         if cell.method in METHODS and allocate(METHODS[cell.method], layers[cell.task], cell.k) is None:
             print(f"left out: {cell.method} can't have the parameters of LoRA r {cell.k} on {cell.task}")
@@ -130,7 +131,8 @@ def told(row: dict[str, Any]) -> str:
         return f"diverged at step {row['diverged']}"
     split = "dev" if "dev" in row else "test"
     metrics = ", ".join(f"{name} {value:.4f}" for name, value in row[split].items())
-    return f"{split} {metrics}, {row['parameters']:,} parameters, {row['seconds_per_step']:.2f} s a step"
+    size = f", {row['parameters']:,} parameters, {row['seconds_per_step']:.2f} s a step" if "parameters" in row else ""
+    return f"{split} {metrics}{size}"
 
 
 def versions() -> dict[str, str | None]:

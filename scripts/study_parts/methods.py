@@ -208,3 +208,6 @@ METHODS: dict[str, Method] = {
 
 UNMATCHED = ("full", "head")
 """Fine-tuning of every weight, and of the head alone: they have no budget."""
+
+PROBE = "probe"
+"""Logistic regression on the frozen model's embeddings: no budget, no learning rate."""

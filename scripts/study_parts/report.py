@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .methods import PROBE
 from .results import FOLDER, Results, Run
 from .statistics import holm, paired
 from .training import SELECTION_SEED
@@ -70,9 +71,11 @@ def _of_task(task: str, rows: dict[Run, Any]) -> str:
     metric = headline(rows)
     sign = 1 if HEADLINES[metric] else -1
     chosen, values = selected(rows, metric), tested(rows, metric)
+    probe = list(values.get((task, PROBE, 0), {}).values())
     lines = [
         f"## {task}: {metric}",
         "",
+        *([f"Linear probe: {np.mean(probe):.4f} ({len(probe)} seeds)", ""] if probe else []),
         "| k | method | parameters | lr | dev | test, mean (seeds) | less LoRA's, 95% | p (Holm) | equivalent "
         "| step, LoRA = 1 | saved, LoRA = 1 | base |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -123,10 +126,10 @@ def _plot(path: Path, task: str, rows: dict[Run, Any]) -> None:
     values = tested(rows, metric)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    parameters = {(run.task, run.method, run.k): row["parameters"] for run, row in rows.items()}
+    parameters = {(run.task, run.method, run.k): row.get("parameters") for run, row in rows.items()}
     for method in dict.fromkeys(run.method for run in rows):
         cells = sorted(cell for cell in values if cell[1] == method)
-        if not cells:
+        if not cells or method == PROBE:
             continue
         x = [parameters[cell] for cell in cells]
         y = [list(values[cell].values()) for cell in cells]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .methods import METHODS, SINGLE, UNMATCHED
+from .methods import METHODS, PROBE, SINGLE, UNMATCHED
 from .results import Run
 from .task import Task
 from .training import SELECTION_SEED
@@ -43,11 +43,14 @@ def cells(tasks: Iterable[str], methods: Iterable[str], budgets: Iterable[int]) 
 
 
 def _has_no_budget(method: str) -> bool:
-    return method in UNMATCHED or METHODS[method].ranks == (SINGLE,)
+    return method in (*UNMATCHED, PROBE) or METHODS[method].ranks == (SINGLE,)
 
 
 def missing(cell: Cell, task: Task, rows: Mapping[Run, dict[str, Any]], num_seeds: int) -> list[Run]:
     """The next runs that can go side by side."""
+    if cell.method == PROBE:
+        runs = [Run(cell.task, PROBE, 0, 0.0, seed) for seed in SEEDS[:num_seeds]]
+        return [run for run in runs if run not in rows]
     grid = _missing_of_grid(cell, task, rows)
     if grid:
         return grid

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from dlor_peft.training.models import load_classifier, load_tokenizer, resolve_path
 from dlor_peft.training.schema import ModelSection
+from dlor_peft.training.tasks.probe import linear_probe
 
 from .task import Task, by_length, padded, read_jsonl
 
@@ -78,6 +79,20 @@ class Classification(Task):
             right += int((logits.argmax(-1) == labels).sum())
             loss += F.cross_entropy(logits, labels, reduction="sum").item()
         return {"accuracy": right / len(rows), "loss": loss / len(rows)}
+
+    @torch.no_grad()
+    def probe(self, seed: int) -> dict[str, float]:
+        """Test accuracy of a logistic regression on the embeddings, its C chosen on dev."""
+        model: Any = self.build(seed).eval()
+        embeddings, labels = {}, {}
+        for split in ("train", "dev", "test"):
+            rows = self.rows(split, seed)
+            found = torch.empty(len(rows), model.config.encoder["hidden_size"])
+            for batch in by_length(rows, self.length):
+                ids, mask = padded([rows[index][0] for index in batch], self.tokenizer.pad_token_id)
+                found[batch] = model.embed(ids, mask)
+            embeddings[split], labels[split] = found, torch.tensor([label for _, label in rows])
+        return {"accuracy": float(linear_probe(embeddings, labels)["accuracy"])}
 
     def _logits(self, model: nn.Module, rows: list[Any]) -> Tensor:
         device = next(model.parameters()).device

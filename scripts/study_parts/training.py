@@ -13,8 +13,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_linear_schedule_with_warmup
 
-from .methods import METHODS, UNMATCHED, allocate, num_parameters
+from .methods import METHODS, PROBE, UNMATCHED, allocate, num_parameters
 from .results import Run
+from .sentences import Classification
 from .task import Task
 from .tasks import tasks
 
@@ -28,7 +29,11 @@ def run_one(run: Run, shared: Path) -> dict[str, Any]:
     """The row of a run, without its key; `diverged` in the place of metrics where the loss is no number."""
     torch.set_num_threads(1)
     task = tasks(shared)[run.task]
+    if run.method == PROBE:
+        assert isinstance(task, Classification)
+        return {"test": task.probe(run.seed)}
     model, facts = adapted(task, run)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     optimizer, schedule = optimizer_of(task, run, model)
     model.train()
     losses, seconds, saved = [], [], 0
