@@ -23,13 +23,7 @@ from dlor_peft.kernels.launch import Config, Key
 
 pytest.importorskip("triton")
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 SIZES = ((7, 20, 33), (130, 16, 48))
-
-
-@pytest.fixture(autouse=True)
-def _scripts(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPTS)
 
 
 @pytest.fixture

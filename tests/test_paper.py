@@ -6,7 +6,6 @@ import importlib
 import json
 import math
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,12 +13,9 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-
 
 @pytest.fixture
-def paper(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPTS)
+def paper():
     return importlib.import_module("paper")
 
 

@@ -83,8 +83,6 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         from ..training.launch import launch, read_configuration
 
-        configuration = read_configuration(arguments.launch)[1] if arguments.launch is not None else {}
-        num_processes = arguments.processes or configuration.get("num_processes")
         if arguments.launch is not None and runs_here:
             # PEFT and the trainers load in the processes
             from ..training.recipe import parse_recipe
@@ -92,6 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
             flags = [flag for flag in ("--overwrite", "--resume") if getattr(arguments, flag.removeprefix("--"))]
             command = ["train", name, *words, *flags]
             return launch(arguments.launch, arguments.processes, parse_recipe(name, words)[0], command)
+        configuration = read_configuration(arguments.launch)[1] if arguments.launch is not None else {}
+        num_processes = arguments.processes or configuration.get("num_processes")
         import dlor_peft
 
         dlor_peft.register()

@@ -336,7 +336,6 @@ def test_chunks_cover_all_tokens(T, width):
 
 @pytest.fixture
 def sweep(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
     module = importlib.import_module("sweep_launch")
     monkeypatch.setattr(module, "ops", ops)
     return module

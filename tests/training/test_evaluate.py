@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from samples import TOKENIZER, write_rows
+from samples import TOKENIZER, WITHOUT_GPU, write_rows
 from stand_ins import ROWS, build_model
 
 from dlor_peft.cli import main
@@ -9,11 +9,7 @@ from dlor_peft.cli import main
 QUICK = {
     "max_steps": 4,
     "learning_rate": 1e-2,
-    "use_cpu": True,
-    "bf16": False,
-    "activation_checkpointing": False,
-    "dataloader_pin_memory": False,
-    "disable_tqdm": True,
+    **WITHOUT_GPU,
     "save_strategy": "no",
 }
 TEXTS = ["First Citizen:\nWe are accounted poor citizens.", "Second Citizen:\nOne word, good citizens."]

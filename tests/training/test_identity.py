@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from samples import TOKENIZER, write_rows
+from samples import TOKENIZER, WITHOUT_GPU, write_rows
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
@@ -27,11 +27,7 @@ def write(write_recipe, tmp_path):
             training={
                 "max_steps": 10,
                 "learning_rate": 1e-2,
-                "bf16": False,
-                "activation_checkpointing": False,
-                "use_cpu": True,
-                "dataloader_pin_memory": False,
-                "disable_tqdm": True,
+                **WITHOUT_GPU,
                 "save_strategy": "no",
             },
         )

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from samples import TOKENIZER, write_rows
+from samples import TOKENIZER, WITHOUT_GPU, write_rows
 from transformers import BertConfig, BertModel
 
 from dlor_peft.cli import main
@@ -61,11 +61,7 @@ def test_layers_elsewhere_train_as_in_one_place(write_recipe, tmp_path, on_disk)
         training={
             "max_steps": 4,
             "learning_rate": 1e-2,
-            "bf16": False,
-            "activation_checkpointing": False,
-            "use_cpu": True,
-            "dataloader_pin_memory": False,
-            "disable_tqdm": True,
+            **WITHOUT_GPU,
             "save_strategy": "no",
         },
     )

@@ -1,18 +1,14 @@
 import json
 
 import pytest
-from samples import TOKENIZER, write_rows
+from samples import TOKENIZER, WITHOUT_GPU, write_rows
 
 from dlor_peft.cli import main
 
 TRAINING = {
     "max_steps": 20,
     "learning_rate": 1e-2,
-    "bf16": False,
-    "activation_checkpointing": False,
-    "use_cpu": True,
-    "dataloader_pin_memory": False,
-    "disable_tqdm": True,
+    **WITHOUT_GPU,
     "save_strategy": "no",
 }
 SHAPES = {
