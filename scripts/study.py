@@ -17,8 +17,10 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 CORE_METHODS = (
@@ -101,7 +103,7 @@ def run_missing(arguments: argparse.Namespace) -> None:
                 if run not in pending.values():
                     yield run
 
-    with ProcessPoolExecutor(arguments.workers, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(arguments.workers, get_context("spawn"), initializer=end_with_parent) as pool:
         while True:
             if time.monotonic() < end:
                 for run in next_runs():
@@ -124,6 +126,17 @@ def run_in_process(run: Any, shared: Path) -> dict[str, Any]:
     from study_parts.training import run_one
 
     return run_one(run, shared)
+
+
+def end_with_parent() -> None:
+    """Of a worker: a study that is killed leaves none behind."""
+
+    def watch(parent: BaseProcess) -> None:
+        parent.join()
+        os._exit(1)
+
+    if (parent := parent_process()) is not None:
+        Thread(target=watch, args=(parent,), daemon=True).start()
 
 
 def told(row: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 from .sentences import Classification, Similarity
@@ -9,8 +10,9 @@ from .task import Task
 from .texts import Completion, Scan, Text
 
 
+@cache
 def tasks(shared: Path) -> dict[str, Task]:
-    """By name. The steps are few: they are what two cores can do."""
+    """By name, each with its rows once a process. The steps are few: they are what two cores can do."""
     found: dict[str, Task] = {}
     for data in ("banking77", "clinc150", "snips"):
         found[f"{data} 10 a class"] = Classification(shared, 200, data, 10)

@@ -13,6 +13,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_linear_schedule_with_warmup
 
+from dlor_peft.maths import alignment_index
+
 from .methods import METHODS, PROBE, UNMATCHED, allocate, num_parameters
 from .results import Run
 from .sentences import Classification
@@ -24,6 +26,9 @@ SELECTION_SEED = 0
 
 WARMUP = 0.1
 
+POINTS = 8
+"""How often a reported run measures on its way, where its task knows what the base was trained on."""
+
 
 def run_one(run: Run, shared: Path) -> dict[str, Any]:
     """The row of a run, without its key; `diverged` in the place of metrics where the loss is no number."""
@@ -33,10 +38,12 @@ def run_one(run: Run, shared: Path) -> dict[str, Any]:
         assert isinstance(task, Classification)
         return {"test": task.probe(run.seed)}
     model, facts = adapted(task, run)
+    weights = _weights(task, model) if run.method == "full" else {}
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     optimizer, schedule = optimizer_of(task, run, model)
     model.train()
-    losses, seconds, saved = [], [], 0
+    split = "dev" if run.seed == SELECTION_SEED else "test"
+    losses, seconds, path, saved = [], [], [], 0
     for step, rows in enumerate(task.batches(run.seed)):
         start = time.perf_counter()
         if step == 1:
@@ -52,8 +59,9 @@ def run_one(run: Run, shared: Path) -> dict[str, Any]:
         seconds.append(time.perf_counter() - start)
         if not torch.isfinite(loss):
             return {**facts, "diverged": step}
+        if split == "test" and step % (task.steps // POINTS) == 0 and (base := task.forgotten(model)) is not None:
+            path.append([step + 1, task.evaluate(model, split)[task.headline], base])
     model.eval()
-    split = "dev" if run.seed == SELECTION_SEED else "test"
     return {
         **facts,
         split: task.evaluate(model, split),
@@ -61,7 +69,22 @@ def run_one(run: Run, shared: Path) -> dict[str, Any]:
         "base_loss": task.forgotten(model),
         "seconds_per_step": sorted(seconds)[len(seconds) // 2],
         "saved_bytes": saved,
+        **({"path": path} if path else {}),
+        **({"alignment": _alignment(weights, _weights(task, model))} if weights else {}),
     }
+
+
+def _weights(task: Task, model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the weights of the layers that the adapters of other methods are on."""
+    return {name: model.get_submodule(name).weight.detach().clone().cpu() for name in task.targets(model)}
+
+
+def _alignment(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, float]:
+    """What a diagonal explains of what full fine-tuning changed, of its rows and of its columns: mean over layers."""
+    changes = {name: (after[name] - W, W) for name, W in before.items()}
+    rows = [alignment_index(delta, W).item() for delta, W in changes.values()]
+    columns = [alignment_index(delta.mT, W.mT).item() for delta, W in changes.values()]
+    return {"rows": sum(rows) / len(rows), "columns": sum(columns) / len(columns)}
 
 
 def adapted(task: Task, run: Run) -> tuple[nn.Module, dict[str, Any]]:
