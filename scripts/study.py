@@ -2,6 +2,9 @@
 
     python scripts/study.py --shared DIR --minutes 60                 # go on with the runs that are missing
     python scripts/study.py --shared DIR --tasks "stsb" --budgets 1 8 --methods lora "dlor scaled"
+    python scripts/study.py --shared DIR --times --budgets 8          # how long a step takes, on a quiet machine
+    python scripts/study.py --shared DIR --pretrained BASES --pretrain 3   # a wider language model, for a GPU machine
+    python scripts/study.py --shared DIR --pretrained BASES --tasks "shakespeare llama" --workers 16
     python scripts/study.py --report                                  # tables and figures of what is there
 
 DIR holds data/ and models/ as study_parts/tasks.py reads them. Rows are appended to study_parts/results, one file for
@@ -42,18 +45,23 @@ CORE_METHODS = (
     "full",
     "probe",
 )
+ROUNDS = 9
 CORE_TASKS = ("banking77 10 a class", "stsb 500 pairs", "shakespeare stories260K")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, help="the folder of data and models")
+    parser.add_argument("--encoder", help="a folder with MiniLM, where its package is not installed")
+    parser.add_argument("--pretrained", type=Path, help="a folder of further language models, each a task")
+    parser.add_argument("--pretrain", type=float, metavar="MINUTES", help="make --pretrained's `llama`; run nothing")
     parser.add_argument("--minutes", type=float, default=60, help="no run is started later")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--tasks", nargs="+", default=CORE_TASKS)
     parser.add_argument("--methods", nargs="+", default=CORE_METHODS)
     parser.add_argument("--budgets", nargs="+", type=int, default=(1, 2, 4, 8))
     parser.add_argument("--seeds", type=int, default=5, help="how many are run on test with the best learning rate")
+    parser.add_argument("--times", action="store_true", help="time a step of each method, in turn; run nothing else")
     parser.add_argument("--report", action="store_true", help="run nothing")
     arguments = parser.parse_args()
     if arguments.report:
@@ -66,23 +74,66 @@ def main() -> int:
     # before torch loads: a run has one core
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    run_missing(arguments)
+    arguments.sources = sources_of(arguments)
+    if arguments.pretrain is not None:
+        if arguments.pretrained is None:
+            parser.error("--pretrain: give --pretrained, the folder that the model is written to")
+        pretrain_llama(arguments)
+    elif arguments.times:
+        time_steps(arguments)
+    else:
+        run_missing(arguments)
     return 0
 
 
-def run_missing(arguments: argparse.Namespace) -> None:
-    from study_parts.methods import METHODS, PROBE, UNMATCHED, allocate
-    from study_parts.results import Results, Run
-    from study_parts.schedule import cells, missing
+def sources_of(arguments: argparse.Namespace) -> Any:
+    from study_parts.sources import Sources
+
+    if arguments.pretrain is not None:
+        return Sources(arguments.shared)
+    given = {"encoder": arguments.encoder, "pretrained": arguments.pretrained}
+    return Sources(arguments.shared, **{name: value for name, value in given.items() if value is not None})
+
+
+def pretrain_llama(arguments: argparse.Namespace) -> None:
+    from study_parts.pretraining import pretrain
+
+    arguments.pretrained.mkdir(parents=True, exist_ok=True)
+    pretrain(arguments.sources, arguments.pretrained / "llama", arguments.pretrain)
+
+
+def time_steps(arguments: argparse.Namespace) -> None:
+    from study_parts.times import measure_times, write_times
+
+    check_names(arguments)
+    times = [
+        measure_times(arguments.sources, task, arguments.methods, k, ROUNDS)
+        for task in arguments.tasks
+        for k in arguments.budgets
+    ]
+    write_times(times, {"versions": versions(), "commit": commit()})
+
+
+def check_names(arguments: argparse.Namespace) -> None:
+    from study_parts.methods import METHODS, PROBE, UNMATCHED
     from study_parts.tasks import tasks
 
-    known = tasks(arguments.shared)
     for name, words, allowed in (
-        ("--tasks", arguments.tasks, known),
+        ("--tasks", arguments.tasks, tasks(arguments.sources)),
         ("--methods", arguments.methods, (*METHODS, *UNMATCHED, PROBE)),
     ):
         if wrong := [word for word in words if word not in allowed]:
             sys.exit(f"study: {name}: {wrong[0]!r} is none of {', '.join(allowed)}")
+
+
+def run_missing(arguments: argparse.Namespace) -> None:
+    from study_parts.methods import METHODS, PROBE, allocate
+    from study_parts.results import Results, Run
+    from study_parts.schedule import cells, missing
+    from study_parts.tasks import tasks
+
+    check_names(arguments)
+    known = tasks(arguments.sources)
     results = Results()
     layers = {name: known[name].targets(known[name].build(0)) for name in arguments.tasks}
     plan = []
@@ -109,7 +160,7 @@ def run_missing(arguments: argparse.Namespace) -> None:
                 for run in next_runs():
                     if len(pending) >= arguments.workers:
                         break
-                    pending[pool.submit(run_in_process, run, arguments.shared)] = run
+                    pending[pool.submit(run_in_process, run, arguments.sources)] = run
             if not pending:
                 return
             done, _ = wait(pending, return_when=FIRST_COMPLETED)
@@ -122,10 +173,10 @@ def run_missing(arguments: argparse.Namespace) -> None:
                 )
 
 
-def run_in_process(run: Any, shared: Path) -> dict[str, Any]:
+def run_in_process(run: Any, sources: Any) -> dict[str, Any]:
     from study_parts.training import run_one
 
-    return run_one(run, shared)
+    return run_one(run, sources)
 
 
 def end_with_parent() -> None:

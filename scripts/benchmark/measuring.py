@@ -14,7 +14,7 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -74,7 +74,7 @@ class Rounds:
 
 
 def measure(
-    frozen: Step, contestants: dict[str, Step], device: str, rounds: int, iterations: int, seed: int = 0
+    frozen: Step, contestants: Mapping[str, Step], device: str, rounds: int, iterations: int, seed: int = 0
 ) -> Rounds:
     """Time of every contestant and of `frozen` itself, over that of `frozen`; all of them are warmed up already.
 

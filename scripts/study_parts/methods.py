@@ -211,3 +211,8 @@ UNMATCHED = ("full", "head")
 
 PROBE = "probe"
 """Logistic regression on the frozen model's embeddings: no budget, no learning rate."""
+
+
+def has_budget(method: str) -> bool:
+    """Whether its parameters can be those of LoRA of any rank."""
+    return method in METHODS and METHODS[method].ranks != (SINGLE,)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .methods import METHODS, PROBE, SINGLE, UNMATCHED
+from .methods import PROBE, has_budget
 from .results import Run
 from .task import Task
 from .training import SELECTION_SEED
@@ -37,13 +37,9 @@ def cells(tasks: Iterable[str], methods: Iterable[str], budgets: Iterable[int]) 
     found = []
     for task in tasks:
         for k in budgets:
-            found += [Cell(task, method, k) for method in methods if not _has_no_budget(method)]
-        found += [Cell(task, method, 0) for method in methods if _has_no_budget(method)]
+            found += [Cell(task, method, k) for method in methods if has_budget(method)]
+        found += [Cell(task, method, 0) for method in methods if not has_budget(method)]
     return found
-
-
-def _has_no_budget(method: str) -> bool:
-    return method in (*UNMATCHED, PROBE) or METHODS[method].ranks == (SINGLE,)
 
 
 def missing(cell: Cell, task: Task, rows: Mapping[Run, dict[str, Any]], num_seeds: int) -> list[Run]:

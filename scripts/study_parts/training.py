@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark.measuring import saved_bytes
 from peft import get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
@@ -18,6 +18,7 @@ from dlor_peft.maths import alignment_index
 from .methods import METHODS, PROBE, UNMATCHED, allocate, num_parameters
 from .results import Run
 from .sentences import Classification
+from .sources import Sources
 from .task import Task
 from .tasks import tasks
 
@@ -30,10 +31,10 @@ POINTS = 8
 """How often a reported run measures on its way, where its task knows what the base was trained on."""
 
 
-def run_one(run: Run, shared: Path) -> dict[str, Any]:
+def run_one(run: Run, sources: Sources) -> dict[str, Any]:
     """The row of a run, without its key; `diverged` in the place of metrics where the loss is no number."""
     torch.set_num_threads(1)
-    task = tasks(shared)[run.task]
+    task = tasks(sources)[run.task]
     if run.method == PROBE:
         assert isinstance(task, Classification)
         return {"test": task.probe(run.seed)}
@@ -45,11 +46,10 @@ def run_one(run: Run, shared: Path) -> dict[str, Any]:
     split = "dev" if run.seed == SELECTION_SEED else "test"
     losses, seconds, path, saved = [], [], [], 0
     for step, rows in enumerate(task.batches(run.seed)):
-        start = time.perf_counter()
         if step == 1:
-            loss, saved = _with_saved_bytes(task, model, rows)
-        else:
-            loss = task.loss(model, rows)
+            saved = saved_bytes(model, lambda rows=rows: task.loss(model, rows))
+        start = time.perf_counter()
+        loss = task.loss(model, rows)
         loss.backward()
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()
@@ -76,7 +76,7 @@ def run_one(run: Run, shared: Path) -> dict[str, Any]:
 
 def _weights(task: Task, model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of the weights of the layers that the adapters of other methods are on."""
-    return {name: model.get_submodule(name).weight.detach().clone().cpu() for name in task.targets(model)}
+    return {name: model.get_parameter(f"{name}.weight").detach().clone().cpu() for name in task.targets(model)}
 
 
 def _alignment(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -137,18 +137,3 @@ def optimizer_of(task: Task, run: Run, model: Any) -> tuple[torch.optim.Optimize
 
 def _is_head(task: Task, name: str) -> bool:
     return task.head is not None and f"{task.head}." in name
-
-
-def _with_saved_bytes(task: Task, model: nn.Module, rows: list[Any]) -> tuple[torch.Tensor, int]:
-    """The loss, and the bytes that autograd keeps for its backward pass: each storage once, parameters left out."""
-    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    sizes: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        return task.loss(model, rows), sum(sizes.values())
