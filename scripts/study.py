@@ -103,14 +103,20 @@ def pretrain_llama(arguments: argparse.Namespace) -> None:
 
 
 def time_steps(arguments: argparse.Namespace) -> None:
+    from study_parts.methods import PROBE
     from study_parts.times import measure_times, write_times
 
     check_names(arguments)
-    times = [
-        measure_times(arguments.sources, task, arguments.methods, k, ROUNDS)
-        for task in arguments.tasks
-        for k in arguments.budgets
-    ]
+    methods: dict[tuple[str, int], list[str]] = {(task, k): [] for task in arguments.tasks for k in arguments.budgets}
+    for cell in possible_cells(arguments):
+        for place in [(cell.task, cell.k)] if cell.k else [place for place in methods if place[0] == cell.task]:
+            if cell.method != PROBE:
+                methods[place].append(cell.method)
+    times = [measure_times(arguments.sources, task, found, k, ROUNDS) for (task, k), found in methods.items()]
+    if void := [one for one in times if one["is_void"]]:
+        sys.exit(
+            f"study: LoRA took {void[0]['itself']:.3f} of its own time, nothing is written: quiet the machine first"
+        )
     write_times(times, {"versions": versions(), "commit": commit()})
 
 
@@ -126,24 +132,30 @@ def check_names(arguments: argparse.Namespace) -> None:
             sys.exit(f"study: {name}: {wrong[0]!r} is none of {', '.join(allowed)}")
 
 
+def possible_cells(arguments: argparse.Namespace) -> list[Any]:
+    from study_parts.schedule import cells, is_possible
+    from study_parts.tasks import tasks
+
+    known = tasks(arguments.sources)
+    layers = {name: known[name].targets(known[name].build(0)) for name in arguments.tasks}
+    plan = []
+    for cell in cells(arguments.tasks, arguments.methods, arguments.budgets):
+        if is_possible(cell, known[cell.task], layers[cell.task]):
+            plan.append(cell)
+        else:
+            print(f"left out: {cell.method} has no form for {cell.task} with the parameters of LoRA r {cell.k}")
+    return plan
+
+
 def run_missing(arguments: argparse.Namespace) -> None:
-    from study_parts.methods import METHODS, PROBE, allocate
     from study_parts.results import Results, Run
-    from study_parts.schedule import cells, missing
+    from study_parts.schedule import missing
     from study_parts.tasks import tasks
 
     check_names(arguments)
     known = tasks(arguments.sources)
     results = Results()
-    layers = {name: known[name].targets(known[name].build(0)) for name in arguments.tasks}
-    plan = []
-    for cell in cells(arguments.tasks, arguments.methods, arguments.budgets):
-        if cell.method in ("head", PROBE) and known[cell.task].head is None:
-            continue
-        if cell.method in METHODS and allocate(METHODS[cell.method], layers[cell.task], cell.k) is None:
-            print(f"left out: {cell.method} can't have the parameters of LoRA r {cell.k} on {cell.task}")
-            continue
-        plan.append(cell)
+    plan = possible_cells(arguments)
     facts = {"versions": versions(), "commit": commit()}
     end = time.monotonic() + 60 * arguments.minutes
     pending: dict[Future[dict[str, Any]], Run] = {}

@@ -40,7 +40,7 @@ def pretrain(sources: Sources, target: Path, minutes: float, sizes: dict[str, in
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # steps are counted by the clock
-    task = Text(sources, 10**9, TOKENIZER, BASE)
+    task = Text(sources, 10**9, TOKENIZER, BASE, (BASE, "test"))
     task.batch_size = 32 if device == "cuda" else 8
     torch.manual_seed(seed)
     config = LlamaConfig(

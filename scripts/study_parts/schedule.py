@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .methods import PROBE, has_budget
+from .methods import METHODS, PROBE, Layers, allocate, has_budget
 from .results import Run
 from .task import Task
 from .training import SELECTION_SEED
@@ -40,6 +40,13 @@ def cells(tasks: Iterable[str], methods: Iterable[str], budgets: Iterable[int]) 
             found += [Cell(task, method, k) for method in methods if has_budget(method)]
         found += [Cell(task, method, 0) for method in methods if not has_budget(method)]
     return found
+
+
+def is_possible(cell: Cell, task: Task, layers: Layers) -> bool:
+    """Whether the task has a head for what trains nothing else, and a method a form of the budget's size."""
+    if cell.method in ("head", PROBE):
+        return task.head is not None
+    return not has_budget(cell.method) or allocate(METHODS[cell.method], layers, cell.k) is not None
 
 
 def missing(cell: Cell, task: Task, rows: Mapping[Run, dict[str, Any]], num_seeds: int) -> list[Run]:

@@ -29,7 +29,10 @@ class Sentences(Task):
             dtype="float32",
             config={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
         )
-        self.tokenizer: Any = load_tokenizer(self.encoder)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.encoder)
 
 
 class Classification(Sentences):

@@ -27,7 +27,10 @@ class LanguageModel(Task):
     def __init__(self, sources: Sources, steps: int, model: str, data: str) -> None:
         super().__init__(sources, steps)
         self.folder, self.data = sources.model(model), data
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(self.folder)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(self.folder)
 
     def build(self, seed: int) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
