@@ -10,7 +10,7 @@ layers, spread evenly, at the least rank that exceeds the budget.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from peft import HRAConfig, IA3Config, LoraConfig, MissConfig, OFTConfig, PeftConfig, VeraConfig
@@ -48,6 +48,9 @@ class Method:
 
     lora_plus: float | None = None
     """LoRA+: by how much the learning rate of B exceeds that of A."""
+
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    """DLoR: `diag_lr_ratio` and `u_lr_ratio` of `dlor_peft.parameter_groups`."""
 
 
 def allocate(method: Method, layers: Layers, k: int) -> Ranks | None:
@@ -109,7 +112,7 @@ def _pattern(ranks: Ranks) -> dict[str, Any]:
     return {"r": base, "rank_pattern": {name: r for name, r in ranks.items() if r != base}}
 
 
-def _dlor(**options: Any) -> Method:
+def _dlor(ratios: Mapping[str, float] | None = None, **options: Any) -> Method:
     def form(I: int, O: int, r: int) -> Form:
         config = DLoRConfig(r=r, **options)
         return Form.resolve(config, r, config.depth, I, O)
@@ -128,6 +131,7 @@ def _dlor(**options: Any) -> Method:
         size,
         lambda ranks, layers: DLoRConfig(**_pattern(ranks), **options, target_modules=list(ranks)),
         ranks=tuple(range(least, 129)),
+        ratios=ratios or {},
     )
 
 
@@ -178,6 +182,9 @@ METHODS: dict[str, Method] = {
     "dlor scaled input": _dlor(mode="scaled", side="input"),
     "dlor scaled output": _dlor(mode="scaled", side="output"),
     "dlor scaled scalar": _dlor(mode="scaled", side="auto", diagonal="scalar"),
+    "dlor scaled U x4": _dlor({"u_lr_ratio": 4}, mode="scaled", side="auto"),
+    "dlor scaled diagonal x4": _dlor({"diag_lr_ratio": 4}, mode="scaled", side="auto"),
+    "dlor scaled diagonal x0.25": _dlor({"diag_lr_ratio": 0.25}, mode="scaled", side="auto"),
     "dlor additive": _dlor(mode="additive"),
     "dlor additive scalar": _dlor(mode="additive", diagonal="scalar"),
     "dlor multiplicative": _dlor(mode="multiplicative", side="auto"),

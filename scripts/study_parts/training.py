@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_linear_schedule_with_warmup
 
+from dlor_peft import parameter_groups
 from dlor_peft.maths import alignment_index
 
 from .methods import METHODS, PROBE, UNMATCHED, allocate, num_parameters
@@ -130,6 +131,8 @@ def optimizer_of(task: Task, run: Run, model: Any) -> tuple[torch.optim.Optimize
         groups = [{"params": group["params"], "lr": group["lr"]} for group in made.param_groups]
         for p in head:
             p.requires_grad_(True)
+    if run.method in METHODS and (ratios := METHODS[run.method].ratios):
+        groups = [group for group in parameter_groups(model, run.lr, **ratios) if not group["role"].startswith("full")]
     groups.append({"params": head, "lr": run.lr if run.method == "head" else task.head_lr})
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
     return optimizer, get_linear_schedule_with_warmup(optimizer, int(WARMUP * task.steps), task.steps)
