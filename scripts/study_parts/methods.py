@@ -52,6 +52,9 @@ class Method:
     ratios: Mapping[str, float] = field(default_factory=dict)
     """DLoR: `diag_lr_ratio` and `u_lr_ratio` of `dlor_peft.parameter_groups`."""
 
+    start: float = 1.0
+    """DLoR: by what the random start of V is multiplied."""
+
 
 def allocate(method: Method, layers: Layers, k: int) -> Ranks | None:
     """The rank of each layer, so that all have together what LoRA of rank k has; None where they can't, within 4%."""
@@ -112,7 +115,7 @@ def _pattern(ranks: Ranks) -> dict[str, Any]:
     return {"r": base, "rank_pattern": {name: r for name, r in ranks.items() if r != base}}
 
 
-def _dlor(ratios: Mapping[str, float] | None = None, **options: Any) -> Method:
+def _dlor(ratios: Mapping[str, float] | None = None, start: float = 1.0, **options: Any) -> Method:
     def form(I: int, O: int, r: int) -> Form:
         config = DLoRConfig(r=r, **options)
         return Form.resolve(config, r, config.depth, I, O)
@@ -132,6 +135,7 @@ def _dlor(ratios: Mapping[str, float] | None = None, **options: Any) -> Method:
         lambda ranks, layers: DLoRConfig(**_pattern(ranks), **options, target_modules=list(ranks)),
         ranks=tuple(range(least, 129)),
         ratios=ratios or {},
+        start=start,
     )
 
 
@@ -185,6 +189,9 @@ METHODS: dict[str, Method] = {
     "dlor scaled U x4": _dlor({"u_lr_ratio": 4}, mode="scaled", side="auto"),
     "dlor scaled diagonal x4": _dlor({"diag_lr_ratio": 4}, mode="scaled", side="auto"),
     "dlor scaled diagonal x0.25": _dlor({"diag_lr_ratio": 0.25}, mode="scaled", side="auto"),
+    "dlor scaled V x2": _dlor(start=2, mode="scaled", side="auto"),
+    "dlor scaled V x4": _dlor(start=4, mode="scaled", side="auto"),
+    "dlor scaled V x8": _dlor(start=8, mode="scaled", side="auto"),
     "dlor additive": _dlor(mode="additive"),
     "dlor additive scalar": _dlor(mode="additive", diagonal="scalar"),
     "dlor multiplicative": _dlor(mode="multiplicative", side="auto"),

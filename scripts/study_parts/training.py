@@ -107,6 +107,11 @@ def adapted(task: Task, run: Run) -> tuple[nn.Module, dict[str, Any]]:
     config.task_type = None
     torch.manual_seed(run.seed)
     model = get_peft_model(base, config)
+    if method.start != 1:
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if ".dlor_V." in name:
+                    p.mul_(method.start)
     adapter = [p for p in model.parameters() if p.requires_grad]
     count = sum(p.numel() for p in adapter)
     if count != num_parameters(method, layers, ranks):
