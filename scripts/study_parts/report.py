@@ -110,9 +110,8 @@ def draw(readings: list[Reading], path: Path) -> None:
             )
         axes.set(xscale="log", xlabel="trained parameters beside the head", title=f"{reading.task}: {reading.metric}")
         axes.margins(x=0.3)
-    figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=3 * len(readings), fontsize=8
-    )
+    columns = 3 * len(readings)
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
