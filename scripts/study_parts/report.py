@@ -11,7 +11,7 @@ from scipy import stats
 
 from .methods import PROBE, has_budget
 from .questions import answers, compare, shown
-from .reading import Reading, read
+from .reading import Cell, Reading, read
 from .results import FOLDER, Results
 from .statistics import holm
 from .times import times_path
@@ -85,15 +85,15 @@ def draw(readings: list[Reading], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    readings = [reading for reading in readings if len({method for method, _ in reading.test}) > 2]
+    readings = [reading for reading in readings if len({method for method, _ in _drawn(reading)}) > 2]
     if not readings:
         return
-    methods = list(dict.fromkeys(method for reading in readings for method, _ in reading.test if method != PROBE))
+    methods = list(dict.fromkeys(method for reading in readings for method, _ in _drawn(reading)))
     figure = Figure(figsize=(4.8 * len(readings), 4.9), layout="constrained")
     handles = {}
     for axes, reading in zip(figure.subplots(1, len(readings), squeeze=False)[0], readings, strict=True):
         for index, method in enumerate(methods):
-            cells = sorted((cell for cell in reading.test if cell[0] == method), key=lambda cell: cell[1])
+            cells = sorted((cell for cell in _drawn(reading) if cell[0] == method), key=lambda cell: cell[1])
             if not cells:
                 continue
             means, widths = zip(*(_interval(list(reading.test[cell].values())) for cell in cells), strict=True)
@@ -115,8 +115,12 @@ def draw(readings: list[Reading], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def _drawn(reading: Reading) -> list[Cell]:
+    """With seeds enough for an interval."""
+    return [cell for cell, values in reading.test.items() if len(values) >= 3 and cell[0] != PROBE]
+
+
 def _interval(values: list[float]) -> tuple[float, float]:
-    if len(values) < 2:
-        return values[0], 0.0
+    """Mean, and half of the width."""
     width = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
     return float(np.mean(values)), float(width)
