@@ -141,7 +141,7 @@ def test_forgetting_is_compared_at_the_loss_that_both_reach():
     assert "| dora | 1.500 | 2.500 | -1.0000 [-1.0000, -1.0000] |" in forgetting
 
 
-def test_the_report_has_a_row_for_each_cell(results, monkeypatch, tmp_path):
+def test_the_report_has_a_row_for_each_cell(results, tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "here.jsonl").write_bytes(results.path.read_bytes())
     (tmp_path / "here-times.json").write_text(json.dumps({"times": []}))

@@ -189,7 +189,6 @@ METHODS: dict[str, Method] = {
     "dlor scaled U x4": _dlor({"u_lr_ratio": 4}, mode="scaled", side="auto"),
     "dlor scaled diagonal x4": _dlor({"diag_lr_ratio": 4}, mode="scaled", side="auto"),
     "dlor scaled diagonal x0.25": _dlor({"diag_lr_ratio": 0.25}, mode="scaled", side="auto"),
-    "dlor scaled V x2": _dlor(start=2, mode="scaled", side="auto"),
     "dlor scaled V x4": _dlor(start=4, mode="scaled", side="auto"),
     "dlor scaled V x8": _dlor(start=8, mode="scaled", side="auto"),
     "dlor additive": _dlor(mode="additive"),

@@ -62,7 +62,7 @@ def _small_budgets(readings: list[Reading]) -> str:
     corrected = holm({str(key): difference.p for key, difference in found.items()})
     lines = [
         f"| {task} | {k} | {method} | {shown(difference)} | {corrected[str((task, k, method))]:.3f} "
-        f"| {'yes' if difference.equivalence_p < 0.05 else 'no'} |"
+        f"| {difference.is_equivalent} |"
         for (task, k, method), difference in found.items()
     ]
     return _table(
@@ -80,7 +80,7 @@ def _forgetting(readings: list[Reading]) -> str:
             pairs = _at_equal_loss(reading, cell, ("lora", cell[1] or 8))
             if len(pairs) < 3 or cell[0] == "lora":
                 continue
-            difference = paired(*zip(*pairs, strict=True), margin=0.02)
+            difference = paired(*zip(*pairs, strict=True), margin=reading.margin)
             lines.append(
                 f"| {reading.task} | {cell[1] or '-'} | {cell[0]} | {np.mean([own for own, _ in pairs]):.3f} "
                 f"| {np.mean([lora for _, lora in pairs]):.3f} | {shown(difference)} | {difference.p:.3f} |"
@@ -180,10 +180,7 @@ def _dora(readings: list[Reading], times: list[dict[str, Any]]) -> str:
                 continue
             of_task = [one["methods"] for one in times if one["task"] == reading.task and one["k"] == k]
             ratio = f"{of_task[0][DLOR]['median'] / of_task[0]['dora']['median']:.2f}" if of_task else ""
-            lines.append(
-                f"| {reading.task} | {k} | {shown(difference)} "
-                f"| {'yes' if difference.equivalence_p < 0.05 else 'no'} | {ratio} |"
-            )
+            lines.append(f"| {reading.task} | {k} | {shown(difference)} | {difference.is_equivalent} | {ratio} |")
     return _table(
         "DLoR and DoRA",
         "Test metric of DLoR less DoRA's, paired by seed, and the time of a training step over DoRA's.",

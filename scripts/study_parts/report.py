@@ -69,7 +69,7 @@ def _of_task(reading: Reading, times: list[dict[str, Any]]) -> str:
                 f"{np.mean(values):.4f} ({len(values)})" if values else "",
                 shown(found) if found else "",
                 f"{corrected[str(cell)]:.3f}" if found else "",
-                ("yes" if found.equivalence_p < 0.05 else "no") if found else "",
+                found.is_equivalent if found else "",
                 f"{np.mean(base):.3f}" if base else "",
                 f"{time['median']:.2f}" if time else "",
                 f"{time['kept']:.2f}" if time else "",

@@ -15,7 +15,7 @@ from dlor_peft.training.schema import ModelSection
 from dlor_peft.training.tasks.probe import linear_probe
 
 from .sources import Sources
-from .task import Task, by_length, padded, read_jsonl
+from .task import Task, by_length, padded
 
 
 class Sentences(Task):
@@ -49,7 +49,7 @@ class Classification(Sentences):
     def splits(self) -> dict[str, list[tuple[list[int], int]]]:
         found = {}
         for split in ("train", "dev", "test"):
-            raw = read_jsonl(self.sources.rows(self.data, split))
+            raw = self.sources.rows(self.data, split)
             ids = self.tokenizer([row["text"] for row in raw], truncation=True, max_length=64)["input_ids"]
             found[split] = list(zip(ids, (row["label"] for row in raw), strict=True))
         return found
@@ -125,7 +125,7 @@ class Similarity(Sentences):
     def splits(self) -> dict[str, list[tuple[list[int], list[int], float]]]:
         found = {}
         for split in ("train", "dev", "test"):
-            raw = read_jsonl(self.sources.rows("stsb", split))
+            raw = self.sources.rows("stsb", split)
             one, other = (
                 self.tokenizer([row[name] for row in raw], truncation=True, max_length=64)["input_ids"]
                 for name in ("text1", "text2")

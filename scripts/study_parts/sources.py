@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,9 @@ class Sources:
         # WikiText's literal <unk>, which tokenizers take for their own
         return text.replace("<unk>", "unk")
 
-    def rows(self, name: str, split: str) -> Path:
-        return self.shared / "data" / name / f"{split}.jsonl"
+    def rows(self, name: str, split: str) -> list[dict[str, Any]]:
+        path = self.shared / "data" / name / f"{split}.jsonl"
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
     def model(self, name: str) -> Path:
         if self.pretrained is not None and (self.pretrained / name).is_dir():

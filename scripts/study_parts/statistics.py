@@ -21,6 +21,11 @@ class Difference:
     equivalence_p: float
     """Of two one-sided paired t-tests that it lies within the margin; small where the two are equivalent."""
 
+    @property
+    def is_equivalent(self) -> str:
+        """As tables have it."""
+        return "yes" if self.equivalence_p < 0.05 else "no"
+
 
 def paired(one: Sequence[float], other: Sequence[float], margin: float) -> Difference:
     """one - other, value by value: the same seeds in the same order; `margin` is what would not matter."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -73,10 +71,6 @@ class Task(ABC):
             del order[: self.batch_size * SORTED_TOGETHER]
             for place in torch.randperm(SORTED_TOGETHER, generator=generator).tolist():
                 yield [rows[index] for index in together[place * self.batch_size : (place + 1) * self.batch_size]]
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .sources import Sources
-from .task import Task, by_length, padded, read_jsonl
+from .task import Task, by_length, padded
 
 MEASURED = 30_000
 """Characters of a text that are enough to measure on."""
@@ -111,7 +111,7 @@ class Completion(LanguageModel):
     def splits(self) -> dict[str, list[tuple[list[int], list[int], int]]]:
         found = {}
         for split in ("train", "dev", "test"):
-            raw = read_jsonl(self.sources.rows(self.data, split))
+            raw = self.sources.rows(self.data, split)
             raw = raw if split == "train" else raw[: self.num_test]
             outputs = [self.shorten(row["output"]) for row in raw]
             one = self.tokenizer([row["input"] + "\n" for row in raw], add_special_tokens=False)["input_ids"]

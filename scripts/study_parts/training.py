@@ -127,17 +127,18 @@ def optimizer_of(task: Task, run: Run, model: Any) -> tuple[torch.optim.Optimize
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     head = [p for name, p in trained.items() if _is_head(task, name)]
     groups = [{"params": [p for name, p in trained.items() if not _is_head(task, name)], "lr": run.lr}]
-    lora_plus = METHODS[run.method].lora_plus if run.method in METHODS else None
-    if lora_plus is not None:
+    method = METHODS.get(run.method)
+    if method and method.lora_plus is not None:
         # PEFT would sort the head among the factors
         for p in head:
             p.requires_grad_(False)
-        made = create_loraplus_optimizer(model, torch.optim.AdamW, lr=run.lr, loraplus_lr_ratio=lora_plus)
+        made = create_loraplus_optimizer(model, torch.optim.AdamW, lr=run.lr, loraplus_lr_ratio=method.lora_plus)
         groups = [{"params": group["params"], "lr": group["lr"]} for group in made.param_groups]
         for p in head:
             p.requires_grad_(True)
-    if run.method in METHODS and (ratios := METHODS[run.method].ratios):
-        groups = [group for group in parameter_groups(model, run.lr, **ratios) if not group["role"].startswith("full")]
+    elif method and method.ratios:
+        by_role = parameter_groups(model, run.lr, **method.ratios)
+        groups = [group for group in by_role if not group["role"].startswith("full")]
     groups.append({"params": head, "lr": run.lr if run.method == "head" else task.head_lr})
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
     return optimizer, get_linear_schedule_with_warmup(optimizer, int(WARMUP * task.steps), task.steps)
