@@ -60,7 +60,7 @@ def main() -> int:
     parser.add_argument("--tasks", nargs="+", default=CORE_TASKS)
     parser.add_argument("--methods", nargs="+", default=CORE_METHODS)
     parser.add_argument("--budgets", nargs="+", type=int, default=(1, 2, 4, 8))
-    parser.add_argument("--seeds", type=int, default=5, help="how many are run on test with the best learning rate")
+    parser.add_argument("--seeds", type=int, default=5, help="how many are run on test; with 0 the grid alone")
     parser.add_argument("--times", action="store_true", help="time a step of each method, in turn; run nothing else")
     parser.add_argument("--report", action="store_true", help="run nothing")
     arguments = parser.parse_args()
@@ -150,10 +150,8 @@ def possible_cells(arguments: argparse.Namespace) -> list[Any]:
 def run_missing(arguments: argparse.Namespace) -> None:
     from study_parts.results import Results, Run
     from study_parts.schedule import missing
-    from study_parts.tasks import tasks
 
     check_names(arguments)
-    known = tasks(arguments.sources)
     results = Results()
     plan = possible_cells(arguments)
     facts = {"versions": versions(), "commit": commit()}
@@ -162,7 +160,7 @@ def run_missing(arguments: argparse.Namespace) -> None:
 
     def next_runs() -> Iterator[Run]:
         for cell in plan:
-            for run in missing(cell, known[cell.task], results.rows, arguments.seeds):
+            for run in missing(cell, results.rows, arguments.seeds):
                 if run not in pending.values():
                     yield run
 

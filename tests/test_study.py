@@ -1,13 +1,13 @@
 """The study's own parts: what is matched, what is run next, what is concluded."""
 
-from types import SimpleNamespace
-
 import pytest
 from peft import get_peft_model
 from study_parts.methods import METHODS, SINGLE, TOLERANCE, allocate, num_parameters
+from study_parts.reading import Choice, Reading
 from study_parts.results import Results, Run
-from study_parts.schedule import GRID, LIMITS, SEEDS, Cell, missing
+from study_parts.schedule import GRID, LIMITS, SEEDS, Cell, missing, rate
 from study_parts.statistics import holm, paired
+from study_parts.training import SELECTION_SEEDS
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -44,35 +44,66 @@ def test_a_method_has_the_parameters_of_lora(name, k):
         assert abs(count - budget) <= TOLERANCE * budget
 
 
-def scored(best):
-    """A task whose dev metric is best at one exponent of the learning rate."""
-    cell, task = Cell("task", "lora", 1), SimpleNamespace(headline="accuracy", is_higher_better=True)
+CELL = Cell("task", "lora", 1)
+
+
+def scored(first, again=None, num_seeds=3):
+    """All runs of a cell in their order, exponent and seed, where a rule gives the dev metric of an exponent."""
+    exponents = {rate(e): e for e in range(LIMITS[0], LIMITS[1] + 1)}
     rows, order = {}, []
-    while runs := missing(cell, task, rows, num_seeds=3):
+    while runs := missing(CELL, rows, num_seeds):
         for run in runs:
-            exponent = next(e for e in range(LIMITS[0], LIMITS[1] + 1) if cell.run(e, run.seed) == run)
-            metrics = {"accuracy": -abs(exponent - best)}
-            rows[run] = {"dev": metrics} if run.seed == 0 else {"test": metrics}
+            exponent = exponents[run.lr]
+            value = (first if run.seed in (*SEEDS, SELECTION_SEEDS[0]) else again or first)(exponent)
+            split = "dev" if run.seed in SELECTION_SEEDS else "test"
+            rows[run] = {"diverged": 3} if value is None else {split: {"accuracy": value}}
             order.append((exponent, run.seed))
-    return order
+    assert len(set(order)) == len(order)
+    return order, Reading("task", rows)
 
 
 @pytest.mark.parametrize("best", [GRID[1], GRID[-1], GRID[0] - 2, LIMITS[1]])
 def test_the_grid_goes_on_at_its_edges_and_then_come_fresh_seeds(best):
-    order = scored(best)
-    tried = [exponent for exponent, seed in order if seed == 0]
+    order, reading = scored(lambda exponent: -abs(exponent - best))
+    tried = [exponent for exponent, seed in order if seed == SELECTION_SEEDS[0]]
     assert set(GRID) <= set(tried)
     assert {best - 1, best, min(best + 1, LIMITS[1])} <= set(tried)
     assert order[-3:] == [(best, seed) for seed in SEEDS[:3]]
-    assert len(set(order)) == len(order)
+    assert reading.best(("lora", 1)) == Choice(rate(best), 0.0, 3)
+    assert list(reading.test["lora", 1]) == [1, 2, 3]
+
+
+def test_further_seeds_decide_between_the_two_best_rates():
+    order, reading = scored({-7: 0.1, -6: 0.5, -5: 0.8, -4: 0.79}.get, {-5: 0.6, -4: 0.7}.get)
+    assert [exponent for exponent, seed in order if seed in SELECTION_SEEDS[1:]] == [-5, -5, -4, -4]
+    assert {exponent for exponent, seed in order if seed in SEEDS} == {-4}
+    assert reading.best(("lora", 1)).value == pytest.approx((0.79 + 0.7 + 0.7) / 3)
+
+
+def test_a_rate_that_diverges_with_a_further_seed_is_not_chosen():
+    order, reading = scored({-6: 0.5, -5: 0.8, -4: 0.6}.get, {-4: 0.6}.get)
+    assert {exponent for exponent, seed in order if seed in SEEDS} == {-4}
+    assert reading.best(("lora", 1)).lr == rate(-4)
+
+
+def test_rows_at_a_rate_that_is_not_chosen_are_not_reported():
+    _, reading = scored({-6: 0.5, -5: 0.8, -4: 0.79}.get)
+    stray = {CELL.run(rate(-4), seed): {"test": {"accuracy": 0.0}} for seed in SEEDS}
+    assert Reading("task", {**reading.rows, **stray}).test == reading.test
+
+
+def test_without_seeds_to_report_the_grid_is_all():
+    order, reading = scored({-6: 0.5, -5: 0.8, -4: 0.79}.get, num_seeds=0)
+    assert order == [(exponent, SELECTION_SEEDS[0]) for exponent in GRID]
+    assert reading.best(("lora", 1)) == Choice(rate(-5), 0.8, 1)
+    assert reading.test == {}
 
 
 def test_a_cell_of_which_every_rate_diverges_ends():
-    cell, task = Cell("task", "lora", 1), SimpleNamespace(headline="accuracy", is_higher_better=True)
-    rows = {}
-    while runs := missing(cell, task, rows, num_seeds=3):
-        rows |= {run: {"diverged": 3} for run in runs}
-    assert {run.seed for run in rows} == {0}
+    order, reading = scored(lambda exponent: None)
+    assert {seed for _, seed in order} == {SELECTION_SEEDS[0]}
+    assert min(order)[0] == LIMITS[0]
+    assert reading.best(("lora", 1)) is None
 
 
 def test_rows_outlive_a_process_that_is_killed_while_it_writes(tmp_path):

@@ -194,6 +194,7 @@ METHODS: dict[str, Method] = {
     "dlor additive": _dlor(mode="additive"),
     "dlor additive scalar": _dlor(mode="additive", diagonal="scalar"),
     "dlor multiplicative": _dlor(mode="multiplicative", side="auto"),
+    "dlor multiplicative U x4": _dlor({"u_lr_ratio": 4}, mode="multiplicative", side="auto"),
     "dlor multiplicative input": _dlor(mode="multiplicative", side="input"),
     "dlor multiplicative output": _dlor(mode="multiplicative", side="output"),
     "dlor multiplicative scalar": _dlor(mode="multiplicative", side="auto", diagonal="scalar"),

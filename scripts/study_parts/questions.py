@@ -17,6 +17,8 @@ DLOR = "dlor scaled"
 
 SMALL = (1, 2)
 
+DEPTHS = {1: "dlor multiplicative", 2: "dlor multiplicative depth 2", 4: "dlor multiplicative depth 4"}
+
 
 def answers(readings: Iterable[Reading], times: list[dict[str, Any]]) -> list[str]:
     """In Markdown; a question that no row answers yet is left out."""
@@ -95,8 +97,10 @@ def _forgetting(readings: list[Reading]) -> str:
 
 
 def _at_equal_loss(reading: Reading, cell: Cell, other: Cell) -> list[tuple[float, float]]:
-    paths = {run.seed: _path(reading, row) for run, row in reading.of(cell) if "path" in row}
-    others = {run.seed: _path(reading, row) for run, row in reading.of(other) if "path" in row}
+    paths, others = (
+        {seed: _path(reading, row) for seed, row in reading.reported(of_cell).items() if "path" in row}
+        for of_cell in (cell, other)
+    )
     pairs = []
     for seed in sorted(set(paths) & set(others)):
         target = max(paths[seed][-1][0], others[seed][-1][0])
@@ -121,26 +125,30 @@ def _base_at(path: list[tuple[float, float]], target: float) -> float:
 def _robustness(readings: list[Reading]) -> str:
     lines = []
     for reading in readings:
-        for method in dict.fromkeys(method for method, _ in reading.dev):
-            budgets = sorted(k for name, k in reading.dev if name == method and k > 0)
-            if len(budgets) < 2:
+        budgets = sorted({k for _, k in reading.dev if k > 0})
+        series: dict[str, dict[int, Cell]] = {
+            f"{method} | k": {k: (method, k) for k in budgets}
+            for method in sorted({method for method, _ in reading.dev})
+        }
+        series |= {
+            f"dlor multiplicative, k {k} | depth": {depth: (method, k) for depth, method in DEPTHS.items()}
+            for k in budgets
+        }
+        for name, cells in series.items():
+            values = {at: first for at, cell in cells.items() if (first := reading.first(cell))}
+            if len(values) < 2:
                 continue
-            best = {k: reading.best((method, k)) for k in budgets}
-            kept = [
-                reading.sign * (best[k][1] - values[best[budgets[0]][0]])
-                for k in budgets[1:]
-                if best[budgets[0]][0] in (values := reading.dev[method, k])
-            ]
-            rates = ", ".join(f"{k}: {best[k][0]:.2g}" for k in budgets)
+            best = {at: next(iter(first)) for at, first in values.items()}
+            kept = best[min(best)]
+            lost = [reading.sign * (first[best[at]] - first[kept]) for at, first in values.items() if kept in first]
+            rates = ", ".join(f"{at}: {lr:.2g}" for at, lr in best.items())
             lines.append(
-                f"| {reading.task} | {method} | {rates} | {max(kept):.4f} |"
-                if kept
-                else f"| {reading.task} | {method} | {rates} | not tried |"
+                f"| {reading.task} | {name} | {rates} | {f'{max(lost) + 0.0:.4f}' if lost[1:] else 'not tried'} |"
             )
     return _table(
-        "The learning rate over budgets",
-        "The best on dev at each budget k, and the most that is lost on dev by keeping the one of the smallest.",
-        "| task | method | k: learning rate | lost |",
+        "The learning rate over budgets and depths",
+        "The best on dev with the first seed, and the most that is lost there by keeping the one of the smallest.",
+        "| task | method | over | learning rates | lost |",
         lines,
     )
 
@@ -148,7 +156,9 @@ def _robustness(readings: list[Reading]) -> str:
 def _alignment(readings: list[Reading]) -> str:
     found = []
     for reading in readings:
-        indices = [row["alignment"] for _, row in reading.of(("full", 0)) if "alignment" in row]
+        full = reading.best(("full", 0))
+        of_full = [row for run, row in reading.rows.items() if full and (run.method, run.lr) == ("full", full.lr)]
+        indices = [row["alignment"] for row in of_full if "alignment" in row]
         gains = {k: difference for k in (1, 2, 4, 8) if (difference := compare(reading, (DLOR, k), ("lora", k)))}
         if indices and gains:
             rows, columns = (float(np.mean([index[axis] for index in indices])) for axis in ("rows", "columns"))

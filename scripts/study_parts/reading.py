@@ -6,10 +6,11 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import isnan, nan
 from typing import Any
 
 from .results import Run
-from .training import SELECTION_SEED
+from .training import SELECTION_SEEDS
 
 HEADLINES = {"accuracy": True, "spearman": True, "exact_match": True, "bits_per_byte": False}
 """Metric -> whether more of it is better."""
@@ -22,14 +23,23 @@ Cell = tuple[str, int]
 
 
 @dataclass(frozen=True)
+class Choice:
+    """A learning rate, its mean value on dev, and over how many seeds."""
+
+    lr: float
+    value: float
+    num_seeds: int
+
+
+@dataclass(frozen=True)
 class Reading:
     task: str
     rows: Mapping[Run, dict[str, Any]] = field(repr=False)
-    """Of this task alone, without those that diverged."""
+    """Of this task alone."""
 
     @cached_property
     def metric(self) -> str:
-        metrics = next(row.get("dev") or row["test"] for row in self.rows.values())
+        metrics = next(row.get("dev") or row["test"] for row in self.rows.values() if "diverged" not in row)
         return next(name for name in HEADLINES if name in metrics)
 
     @property
@@ -42,40 +52,58 @@ class Reading:
         return MARGINS[self.metric]
 
     @cached_property
-    def dev(self) -> dict[Cell, dict[float, float]]:
-        """The value on dev at each learning rate, ascending."""
-        found: dict[Cell, dict[float, float]] = defaultdict(dict)
-        for run, row in sorted(self.rows.items()):
-            if run.seed == SELECTION_SEED and "dev" in row:
-                found[run.method, run.k][run.lr] = row["dev"][self.metric]
+    def dev(self) -> dict[Cell, dict[float, dict[int, float]]]:
+        """The value on dev at each learning rate, ascending, of each selection seed; nan of what diverged."""
+        found: dict[Cell, dict[float, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+        for run in sorted(self.rows):
+            if run.seed in SELECTION_SEEDS:
+                row = self.rows[run]
+                found[run.method, run.k][run.lr][run.seed] = nan if "diverged" in row else row["dev"][self.metric]
         return dict(found)
+
+    def first(self, cell: Cell) -> dict[float, float]:
+        """The value on dev of the first seed, by learning rate, best first, of equal ones the smaller rate."""
+        values = {lr: of_rate[SELECTION_SEEDS[0]] for lr, of_rate in self.dev.get(cell, {}).items()}
+        finite = [(lr, value) for lr, value in values.items() if not isnan(value)]
+        return dict(sorted(finite, key=lambda item: (-self.sign * item[1], item[0])))
+
+    def finalists(self, cell: Cell) -> list[float]:
+        """The two learning rates that the further seeds decide between."""
+        return list(self.first(cell))[:2]
+
+    def best(self, cell: Cell) -> Choice | None:
+        """The finalist with the best mean; the first of them while seeds are missing; None where all diverged."""
+        values = {lr: list(self.dev[cell][lr].values()) for lr in self.finalists(cell)}
+        if any(len(of_rate) < len(SELECTION_SEEDS) for of_rate in values.values()):
+            values = {lr: [value] for lr, value in self.first(cell).items()}
+        choices = [Choice(lr, sum(of_rate) / len(of_rate), len(of_rate)) for lr, of_rate in values.items()]
+        finite = [choice for choice in choices if not isnan(choice.value)]
+        return max(finite, key=lambda choice: (self.sign * choice.value, -choice.lr)) if finite else None
+
+    def reported(self, cell: Cell) -> dict[int, dict[str, Any]]:
+        """The row on test of each fresh seed, at the learning rate that dev chose."""
+        best = self.best(cell)
+        of_cell = [run for run in sorted(self.rows) if (run.method, run.k) == cell and "test" in self.rows[run]]
+        return {run.seed: self.rows[run] for run in of_cell if best is None or run.lr == best.lr}
 
     @cached_property
     def test(self) -> dict[Cell, dict[int, float]]:
-        """The value on test of each fresh seed, at the learning rate that dev chose."""
-        found: dict[Cell, dict[int, float]] = defaultdict(dict)
-        for run, row in sorted(self.rows.items()):
-            if "test" in row:
-                found[run.method, run.k][run.seed] = row["test"][self.metric]
-        return dict(found)
+        """The value on test of each fresh seed."""
+        found = {}
+        for cell in dict.fromkeys((run.method, run.k) for run in sorted(self.rows)):
+            if values := {seed: row["test"][self.metric] for seed, row in self.reported(cell).items()}:
+                found[cell] = values
+        return found
 
     @cached_property
     def parameters(self) -> dict[Cell, int]:
         """Trained ones beside the head."""
         return {(run.method, run.k): row["parameters"] for run, row in self.rows.items() if "parameters" in row}
 
-    def best(self, cell: Cell) -> tuple[float, float]:
-        """The learning rate that is best on dev, the smaller of two that are equal, and the value there."""
-        return max(self.dev[cell].items(), key=lambda item: (self.sign * item[1], -item[0]))
-
-    def of(self, cell: Cell) -> list[tuple[Run, dict[str, Any]]]:
-        return [(run, row) for run, row in self.rows.items() if (run.method, run.k) == cell]
-
 
 def read(rows: Mapping[Run, dict[str, Any]]) -> dict[str, Reading]:
     """By task, in the order in which tasks first appear."""
     by_task: dict[str, dict[Run, dict[str, Any]]] = defaultdict(dict)
     for run, row in rows.items():
-        if "diverged" not in row:
-            by_task[run.task][run] = row
+        by_task[run.task][run] = row
     return {task: Reading(task, of_task) for task, of_task in by_task.items()}

@@ -43,29 +43,28 @@ def _of_task(reading: Reading, times: list[dict[str, Any]]) -> str:
         f"## {reading.task}: {reading.metric}",
         "",
         *([f"Linear probe on the frozen model: {np.mean(probe):.4f} ({len(probe)} seeds)", ""] if probe else []),
-        "| k | method | parameters | lr | dev | test, mean (seeds) | less LoRA's, 95% | p (Holm) | equivalent "
-        "| base | step | kept |",
+        "| k | method | parameters | lr | dev, mean (seeds) | test, mean (seeds) | less LoRA's, 95% "
+        "| p (Holm) | equivalent | base | step | kept |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for k in sorted({k for _, k in reading.dev}):
-        cells = sorted(
-            (cell for cell in reading.dev if cell[1] == k), key=lambda cell: -reading.sign * reading.best(cell)[1]
-        )
+    chosen = {cell: best for cell in reading.dev if (best := reading.best(cell))}
+    for k in sorted({k for _, k in chosen}):
+        cells = sorted((cell for cell in chosen if cell[1] == k), key=lambda cell: -reading.sign * chosen[cell].value)
         # what has no budget is compared with the largest LoRA
         compared = {cell: compare(reading, cell, (REFERENCE, k or 8)) for cell in cells}
         corrected = holm({str(cell): found.p for cell, found in compared.items() if found})
         of_times = next((one["methods"] for one in times if (one["task"], one["k"]) == (reading.task, k or 8)), {})
         for cell in cells:
-            method, found, rate = cell[0], compared[cell], reading.best(cell)
+            method, found, best = cell[0], compared[cell], chosen[cell]
             values = list(reading.test.get(cell, {}).values())
-            base = [row["base_loss"] for _, row in reading.of(cell) if row.get("base_loss") and "test" in row]
+            base = [row["base_loss"] for row in reading.reported(cell).values() if row["base_loss"]]
             time = of_times.get(method)
             fields = (
                 str(k or "-"),
                 method,
                 f"{reading.parameters[cell]:,}",
-                f"{rate[0]:.2g}",
-                f"{rate[1]:.4f}",
+                f"{best.lr:.2g}",
+                f"{best.value:.4f} ({best.num_seeds})",
                 f"{np.mean(values):.4f} ({len(values)})" if values else "",
                 shown(found) if found else "",
                 f"{corrected[str(cell)]:.3f}" if found else "",

@@ -1,4 +1,7 @@
-"""Which runs a cell (task, method, budget) still lacks: a grid of learning rates on dev, then fresh seeds on test."""
+"""Which runs a cell (task, method, budget) still lacks: learning rates on dev, then fresh seeds on test.
+
+A grid with one seed, then its two best rates with two further ones; the better by the mean of the three is reported.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from .methods import METHODS, PROBE, Layers, allocate, has_budget
+from .reading import Reading
 from .results import Run
 from .task import Task
-from .training import SELECTION_SEED
+from .training import SELECTION_SEEDS
 
 GRID = (-6, -5, -4)
 """Learning rates 10^(i / 2): 1e-3, 3.2e-3, 1e-2 for everybody, and on by half-decades while the best is at an edge."""
@@ -24,8 +28,8 @@ class Cell:
     method: str
     k: int
 
-    def run(self, exponent: int, seed: int) -> Run:
-        return Run(self.task, self.method, self.k, rate(exponent), seed)
+    def run(self, lr: float, seed: int) -> Run:
+        return Run(self.task, self.method, self.k, lr, seed)
 
 
 def rate(exponent: int) -> float:
@@ -49,44 +53,37 @@ def is_possible(cell: Cell, task: Task, layers: Layers) -> bool:
     return not has_budget(cell.method) or allocate(METHODS[cell.method], layers, cell.k) is not None
 
 
-def missing(cell: Cell, task: Task, rows: Mapping[Run, dict[str, Any]], num_seeds: int) -> list[Run]:
-    """The next runs that can go side by side."""
+def missing(cell: Cell, rows: Mapping[Run, dict[str, Any]], num_seeds: int) -> list[Run]:
+    """The next runs that can go side by side; without seeds to report, the grid alone."""
     if cell.method == PROBE:
-        runs = [Run(cell.task, PROBE, 0, 0.0, seed) for seed in SEEDS[:num_seeds]]
-        return [run for run in runs if run not in rows]
-    grid = _missing_of_grid(cell, task, rows)
-    if grid:
+        return _lacking(cell, rows, (0.0,), SEEDS[:num_seeds])
+    reading = Reading(cell.task, {run: row for run, row in rows.items() if run.task == cell.task})
+    grid = _missing_of_grid(cell, rows, reading)
+    if grid or not num_seeds:
         return grid
-    best = _best(cell, task, rows)
-    return [] if best is None else [r for s in SEEDS[:num_seeds] if (r := cell.run(best, s)) not in rows]
+    again = _lacking(cell, rows, reading.finalists((cell.method, cell.k)), SELECTION_SEEDS[1:])
+    if again:
+        return again
+    best = reading.best((cell.method, cell.k))
+    return _lacking(cell, rows, (best.lr,), SEEDS[:num_seeds]) if best else []
 
 
-def _missing_of_grid(cell: Cell, task: Task, rows: Mapping[Run, dict[str, Any]]) -> list[Run]:
-    wanted: list[int] = list(GRID)
+def _lacking(
+    cell: Cell, rows: Mapping[Run, dict[str, Any]], rates: Iterable[float], seeds: Iterable[int]
+) -> list[Run]:
+    return [run for lr in rates for seed in seeds if (run := cell.run(lr, seed)) not in rows]
+
+
+def _missing_of_grid(cell: Cell, rows: Mapping[Run, dict[str, Any]], reading: Reading) -> list[Run]:
+    low, high = GRID[0], GRID[-1]
     while True:
-        lacking = [run for exponent in wanted if (run := cell.run(exponent, SELECTION_SEED)) not in rows]
-        if lacking:
+        rates = [rate(exponent) for exponent in range(low, high + 1)]
+        if lacking := _lacking(cell, rows, rates, SELECTION_SEEDS[:1]):
             return lacking
-        best = _best(cell, task, rows, wanted)
-        if best in (None, min(wanted)) and min(wanted) > LIMITS[0]:
-            wanted.append(min(wanted) - 1)
-        elif best == max(wanted) and max(wanted) < LIMITS[1]:
-            wanted.append(max(wanted) + 1)
+        best = next((lr for lr in reading.first((cell.method, cell.k)) if lr in rates), None)
+        if best in (None, rates[0]) and low > LIMITS[0]:
+            low -= 1
+        elif best == rates[-1] and high < LIMITS[1]:
+            high += 1
         else:
             return []
-
-
-def _best(
-    cell: Cell,
-    task: Task,
-    rows: Mapping[Run, dict[str, Any]],
-    exponents: Iterable[int] = range(LIMITS[0], LIMITS[1] + 1),
-) -> int | None:
-    scores = {}
-    for exponent in exponents:
-        row = rows.get(cell.run(exponent, SELECTION_SEED))
-        if row is not None and "diverged" not in row:
-            score = row["dev"][task.headline]
-            scores[exponent] = score if task.is_higher_better else -score
-    # the smaller rate where two are equal
-    return max(scores, key=lambda exponent: (scores[exponent], -exponent)) if scores else None

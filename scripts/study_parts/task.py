@@ -20,7 +20,6 @@ class Task(ABC):
     """One model on one data set. `seed` draws the head, the rows where few are taken, and their order."""
 
     headline: ClassVar[str]
-    is_higher_better: ClassVar[bool] = True
     batch_size: ClassVar[int] = 16
     head: ClassVar[str | None] = None
     """The module beside the adapter that is trained in full, at a learning rate of its own."""

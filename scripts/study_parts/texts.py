@@ -22,7 +22,6 @@ class LanguageModel(Task):
     """One of the small models, by the name of its folder."""
 
     headline = "bits_per_byte"
-    is_higher_better = False
 
     def __init__(self, sources: Sources, steps: int, model: str, data: str) -> None:
         super().__init__(sources, steps)
@@ -152,7 +151,6 @@ class Scan(Completion):
     """SCAN, an action a letter: the share of commands whose greedy continuation is right to the last action."""
 
     headline = "exact_match"
-    is_higher_better = True
     letters: ClassVar[dict[str, str]] = {
         "I_TURN_LEFT": "l", "I_TURN_RIGHT": "r", "I_WALK": "w", "I_RUN": "u", "I_LOOK": "o", "I_JUMP": "j",
     }  # fmt: skip
