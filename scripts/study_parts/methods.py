@@ -191,6 +191,7 @@ METHODS: dict[str, Method] = {
     "dlor scaled diagonal x0.25": _dlor({"diag_lr_ratio": 0.25}, mode="scaled", side="auto"),
     "dlor scaled V x4": _dlor(start=4, mode="scaled", side="auto"),
     "dlor scaled V x8": _dlor(start=8, mode="scaled", side="auto"),
+    "dlor scaled svd": _dlor(mode="scaled", side="auto", init_weights="svd"),
     "dlor additive": _dlor(mode="additive"),
     "dlor additive scalar": _dlor(mode="additive", diagonal="scalar"),
     "dlor multiplicative": _dlor(mode="multiplicative", side="auto"),
