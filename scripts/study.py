@@ -82,7 +82,7 @@ def main() -> int:
     elif arguments.times:
         time_steps(arguments)
     else:
-        run_missing(arguments)
+        return 0 if run_missing(arguments) else 1
     return 0
 
 
@@ -147,7 +147,8 @@ def possible_cells(arguments: argparse.Namespace) -> list[Any]:
     return plan
 
 
-def run_missing(arguments: argparse.Namespace) -> None:
+def run_missing(arguments: argparse.Namespace) -> bool:
+    """Whether every run that was started came to its end."""
     from study_parts.results import Results, Run
     from study_parts.schedule import missing
 
@@ -157,11 +158,12 @@ def run_missing(arguments: argparse.Namespace) -> None:
     facts = {"versions": versions(), "commit": commit()}
     end = time.monotonic() + 60 * arguments.minutes
     pending: dict[Future[dict[str, Any]], Run] = {}
+    failed: set[Run] = set()
 
     def next_runs() -> Iterator[Run]:
         for cell in plan:
             for run in missing(cell, results.rows, arguments.seeds):
-                if run not in pending.values():
+                if run not in pending.values() and run not in failed:
                     yield run
 
     with ProcessPoolExecutor(arguments.workers, get_context("spawn"), initializer=end_with_parent) as pool:
@@ -172,15 +174,17 @@ def run_missing(arguments: argparse.Namespace) -> None:
                         break
                     pending[pool.submit(run_in_process, run, arguments.sources)] = run
             if not pending:
-                return
+                return not failed
             done, _ = wait(pending, return_when=FIRST_COMPLETED)
             for future in done:
                 run = pending.pop(future)
-                row = future.result()
-                results.add(run, {**row, **facts})
-                print(
-                    f"{run.task} | {run.method} | k {run.k} | lr {run.lr} | seed {run.seed} | {told(row)}", flush=True
-                )
+                name = f"{run.task} | {run.method} | k {run.k} | lr {run.lr} | seed {run.seed}"
+                if error := future.exception():
+                    failed.add(run)
+                    print(f"{name} | failed, left out until the next start: {error!r}", flush=True)
+                    continue
+                results.add(run, {**future.result(), **facts})
+                print(f"{name} | {told(future.result())}", flush=True)
 
 
 def run_in_process(run: Any, sources: Any) -> dict[str, Any]:

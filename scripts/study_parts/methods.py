@@ -2,13 +2,16 @@
 
 I in_features, O out_features of a layer, r its rank, k the budget
     LoRA r (I + O)     budget of a layer k (I + O)
-Where no single rank meets the budget, ranks differ by one from layer to layer, spread evenly over the model; a layer
-whose share is below the least that the method can be is left out. Methods that take one rank for all layers leave out
-layers, spread evenly, at the least rank that exceeds the budget.
+Where no single rank meets the budget, ranks differ by one from layer to layer, spread evenly over the layers of each
+kind (all query projections, then all keys, ...); a layer whose share is below the least that the method can be is left
+out. Methods that take one rank for all layers leave out layers, spread evenly, at the least rank that exceeds the
+budget. A form of DLoR that could have a rank in less than a third of the layers, and is a set of diagonals in the
+others, is not run at that budget.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,8 +30,8 @@ Ranks = dict[str, int]
 # all layers, at any budget
 SINGLE = -1
 
-TOLERANCE = 0.04
-"""3% would leave OFT out, whose blocks divide the width."""
+LEAST_SHARE = 1 / 3
+"""Of the layers, that must have a rank of at least 1."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,9 @@ class Method:
     fits: Callable[[int, int], bool] = lambda I, r: True
     """Whether a layer of I in_features can have the rank r."""
 
+    tolerance: float = 0.03
+    """How far its number of parameters may be from the budget, as a part of it."""
+
     lora_plus: float | None = None
     """LoRA+: by how much the learning rate of B exceeds that of A."""
 
@@ -57,14 +63,15 @@ class Method:
 
 
 def allocate(method: Method, layers: Layers, k: int) -> Ranks | None:
-    """The rank of each layer, so that all have together what LoRA of rank k has; None where they can't, within 4%."""
+    """The rank of each layer, so that all have together what LoRA of rank k has; None where the method can't."""
     budget = {name: k * (I + O) for name, (I, O) in layers.items()}
     if method.ranks == (SINGLE,):
         return dict.fromkeys(layers, SINGLE)
     if not method.has_rank_pattern:
         return _within(method, layers, _subset(method, layers, sum(budget.values())), sum(budget.values()))
     ranks, carry = {}, 0
-    for name, (I, O) in layers.items():
+    for name in _by_kind(layers):
+        I, O = layers[name]
         carry += budget[name]
         sizes = {r: method.size(I, O, r) for r in method.ranks}
         # a layer that is left out costs nothing
@@ -73,11 +80,20 @@ def allocate(method: Method, layers: Layers, k: int) -> Ranks | None:
         carry -= options[r]
         if r is not None:
             ranks[name] = r
-    return _within(method, layers, ranks, sum(budget.values()))
+    if sum(r > 0 for r in ranks.values()) < LEAST_SHARE * len(layers):
+        return None
+    return _within(method, layers, {name: ranks[name] for name in layers if name in ranks}, sum(budget.values()))
+
+
+def _by_kind(layers: Layers) -> list[str]:
+    """The layers of the same place in all blocks behind each other, so that none of the places is always left out."""
+    kinds = dict.fromkeys(re.sub(r"\d+", "", name) for name in layers)
+    order = {kind: index for index, kind in enumerate(kinds)}
+    return sorted(layers, key=lambda name: order[re.sub(r"\d+", "", name)])
 
 
 def _within(method: Method, layers: Layers, ranks: Ranks, budget: int) -> Ranks | None:
-    return ranks if abs(num_parameters(method, layers, ranks) - budget) <= TOLERANCE * budget else None
+    return ranks if abs(num_parameters(method, layers, ranks) - budget) <= method.tolerance * budget else None
 
 
 def _subset(method: Method, layers: Layers, budget: int) -> Ranks:
@@ -87,7 +103,7 @@ def _subset(method: Method, layers: Layers, budget: int) -> Ranks:
         if all(method.fits(I, r) for I, _ in layers.values())
     }
     nearest = min(totals, key=lambda r: abs(totals[r] - budget))
-    if abs(totals[nearest] - budget) <= 0.03 * budget:
+    if abs(totals[nearest] - budget) <= method.tolerance * budget:
         return dict.fromkeys(layers, nearest)
     larger = [r for r in totals if totals[r] > budget][:3]
     if not larger:
@@ -98,16 +114,22 @@ def _subset(method: Method, layers: Layers, budget: int) -> Ranks:
 
 def _spread(method: Method, layers: Layers, budget: int, r: int, total: int) -> Ranks:
     chosen, carry = {}, 0.0
-    for name, (I, O) in layers.items():
+    for name in _by_kind(layers):
+        I, O = layers[name]
         carry += method.size(I, O, r) * budget / total
         if carry >= method.size(I, O, r) / 2:
             chosen[name] = r
             carry -= method.size(I, O, r)
-    return chosen
+    return {name: r for name in layers if name in chosen}
 
 
 def num_parameters(method: Method, layers: Layers, ranks: Ranks) -> int:
     return sum(method.size(*layers[name], r) for name, r in ranks.items())
+
+
+def rank_counts(ranks: Ranks) -> dict[str, int]:
+    """Rank -> how many layers have it; a layer that is left out is in none."""
+    return {str(r): list(ranks.values()).count(r) for r in sorted(set(ranks.values()))}
 
 
 def _pattern(ranks: Ranks) -> dict[str, Any]:
@@ -162,13 +184,14 @@ def _one_rank(
     ranks: tuple[int, ...],
     field: str = "r",
     fits: Callable[[int, int], bool] = lambda I, r: True,
+    tolerance: float = 0.03,
     **options: Any,
 ) -> Method:
     def config(chosen: Ranks, layers: Layers) -> PeftConfig:
         rank = {} if ranks == (SINGLE,) else {field: next(iter(chosen.values()))}
         return config_class(**rank, **options, target_modules=list(chosen))
 
-    return Method(size, config, ranks, has_rank_pattern=False, fits=fits)
+    return Method(size, config, ranks, has_rank_pattern=False, fits=fits, tolerance=tolerance)
 
 
 def _ia3() -> Method:
@@ -213,6 +236,8 @@ METHODS: dict[str, Method] = {
         (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128),
         "oft_block_size",
         fits=lambda I, b: I % b == 0,
+        # its blocks divide the width, so that there are few sizes
+        tolerance=0.04,
         r=0,
     ),
     "hra": _one_rank(HRAConfig, lambda I, O, r: r * I, tuple(range(2, 129, 2))),

@@ -1,6 +1,7 @@
 """Which runs a cell (task, method, budget) still lacks: learning rates on dev, then fresh seeds on test.
 
-A grid with one seed, then its two best rates with two further ones; the better by the mean of the three is reported.
+A grid with one seed, then its two best rates with two further ones; the better by the mean of the three is reported,
+unless it is at an edge of the grid, which then goes on.
 """
 
 from __future__ import annotations
@@ -80,10 +81,10 @@ def _missing_of_grid(cell: Cell, rows: Mapping[Run, dict[str, Any]], reading: Re
         rates = [rate(exponent) for exponent in range(low, high + 1)]
         if lacking := _lacking(cell, rows, rates, SELECTION_SEEDS[:1]):
             return lacking
-        best = next((lr for lr in reading.first((cell.method, cell.k)) if lr in rates), None)
-        if best in (None, rates[0]) and low > LIMITS[0]:
+        best = reading.best((cell.method, cell.k))
+        if (best is None or best.lr <= rates[0]) and low > LIMITS[0]:
             low -= 1
-        elif best == rates[-1] and high < LIMITS[1]:
+        elif best and best.lr >= rates[-1] and high < LIMITS[1]:
             high += 1
         else:
             return []

@@ -45,6 +45,11 @@ class Task(ABC):
     def length(self, row: Any) -> int:
         """Its tokens: rows of similar length share a batch."""
 
+    @property
+    def setting(self) -> dict[str, Any]:
+        """What a run was trained by, besides what its key says."""
+        return {"steps": self.steps, "batch_size": self.batch_size, "head_lr": self.head_lr if self.head else None}
+
     def forgotten(self, model: nn.Module) -> float | None:
         """The loss on what the base was trained on, where that is known."""
         return None

@@ -111,7 +111,10 @@ class Completion(LanguageModel):
         found = {}
         for split in ("train", "dev", "test"):
             raw = self.sources.rows(self.data, split)
-            raw = raw if split == "train" else raw[: self.num_test]
+            if split != "train":
+                # files are sorted by their input
+                chosen = torch.randperm(len(raw), generator=torch.Generator().manual_seed(0))[: self.num_test]
+                raw = [raw[index] for index in chosen.tolist()]
             outputs = [self.shorten(row["output"]) for row in raw]
             one = self.tokenizer([row["input"] + "\n" for row in raw], add_special_tokens=False)["input_ids"]
             other = self.tokenizer(outputs, add_special_tokens=False)["input_ids"]

@@ -16,7 +16,7 @@ from transformers import get_linear_schedule_with_warmup
 from dlor_peft import parameter_groups
 from dlor_peft.maths import alignment_index
 
-from .methods import METHODS, PROBE, UNMATCHED, allocate, num_parameters
+from .methods import METHODS, PROBE, UNMATCHED, allocate, num_parameters, rank_counts
 from .results import Run
 from .sentences import Classification
 from .sources import Sources
@@ -97,7 +97,7 @@ def adapted(task: Task, run: Run) -> tuple[nn.Module, dict[str, Any]]:
             parameter.requires_grad_(is_head or run.method == "full")
         model: nn.Module = base
         trained = sum(p.numel() for name, p in base.named_parameters() if p.requires_grad)
-        return model, {"parameters": trained, "budget": None, "adapter_bytes": 4 * trained}
+        return model, {"parameters": trained, "budget": None, "adapter_bytes": 4 * trained, "setting": task.setting}
     method, layers = METHODS[run.method], task.targets(base)
     ranks = allocate(method, layers, run.k)
     if ranks is None:
@@ -119,7 +119,8 @@ def adapted(task: Task, run: Run) -> tuple[nn.Module, dict[str, Any]]:
     if task.head is not None:
         base.get_submodule(task.head).requires_grad_(True)
     budget = run.k * sum(I + O for I, O in layers.values())
-    return model, {"parameters": count, "budget": budget, "adapter_bytes": sum(p.nbytes for p in adapter)}
+    facts = {"parameters": count, "budget": budget, "adapter_bytes": sum(p.nbytes for p in adapter)}
+    return model, {**facts, "setting": task.setting, "ranks": rank_counts(ranks)}
 
 
 def optimizer_of(task: Task, run: Run, model: Any) -> tuple[torch.optim.Optimizer, LambdaLR]:
