@@ -20,6 +20,7 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from .kernels import is_autocast, update
@@ -128,7 +129,7 @@ class DLoRLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """`to_dense()`, for models that look at the weight of a layer."""
+        """`to_dense()` at its cost, for models that look at the weight of a layer, as T5 at that of its `wo`."""
         return self.to_dense()
 
     def _square(self, x: Tensor) -> Tensor:
@@ -153,13 +154,25 @@ class DLoRLinear(nn.Module):
 
         By `reconstruct.factorise_product` of the square matrix that has W in its corner and c I elsewhere. A W without
         structure has the full rank, and the factors then more parameters than it: this is a start, not a compression.
+        The rank is that of the singular values above n eps (float64) or 4 eps (float32) of the largest.
+
+        Raises:
+            TypeError: W is neither float64 nor float32, whose factors would be rounded too far to give W.
+            ValueError, ImportError: as of `factorise_product`.
         """
         W = linear.weight.detach()
+        if W.dtype not in (torch.float64, torch.float32):
+            raise TypeError(
+                f"dlor_peft.nn: from_dense takes a layer in float64 or float32, not {W.dtype}: convert it, and "
+                "the new layer back where its rounded factors are good enough."
+            )
         O, I = W.shape
         n = max(I, O)
         square = c * torch.eye(n, dtype=torch.float64)
         square[:O, :I] = W
-        d, U, V = factorise_product(square, r, c, tolerance=n * torch.finfo(W.dtype).eps)
+        # rounding to float32 gives a matrix of low rank singular values of at most sqrt(rank) eps / 2 of the largest
+        tolerance = (n if W.dtype == torch.float64 else 4) * torch.finfo(W.dtype).eps
+        d, U, V = factorise_product(square, r, c, tolerance)
         layer = cls(I, O, r, len(U), "scalar", linear.bias is not None, W.device, W.dtype)
         delta = d[:, :1] - 1
         with torch.no_grad():
@@ -194,15 +207,17 @@ def replace_linear_layers(
     """Put a new DLoRLinear in the place of every linear layer of `model`; their names.
 
     The model then has no dense projection, and is trained from scratch: what the layers had learned is gone. Layers
-    whose name, or its last parts, is in `exclude` stay. It is saved and loaded as any model whose code makes the same
+    whose name, or its last parts, is in `exclude` stay. Experts whose weights are stacked in one tensor, which are no
+    layers, have to be named there too. It is saved and loaded as any model whose code makes the same
     replacement before it loads the safetensors file.
 
     Raises:
         ValueError: a layer shares its weight with another module, or is of a kind that may be used without being
-            called; a name of `exclude` or the whole model matches nothing.
+            called; weights are stacked; a name of `exclude` or the whole model matches nothing.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, Conv1D))}
-    kept = {word: [name for name in layers if f".{name}".endswith(f".{word}")] for word in exclude}
+    stacked = [name for name, p in model.named_parameters() if _is_stacked(model, name, p)]
+    kept = {word: [name for name in (*layers, *stacked) if f".{name}".endswith(f".{word}")] for word in exclude}
     if unmatched := [word for word, names in kept.items() if not names]:
         raise ValueError(
             f"dlor_peft.nn: exclude names no linear layer: {', '.join(map(repr, unmatched))}. The model has "
@@ -211,6 +226,11 @@ def replace_linear_layers(
     replaced = [name for name in layers if not any(name in names for names in kept.values())]
     if not replaced:
         raise ValueError("dlor_peft.nn: the model has no linear layer to replace.")
+    if dense := [name for name in stacked if not any(name in names for names in kept.values())]:
+        raise ValueError(
+            f"dlor_peft.nn: {dense[0]} stacks the weights of several projections, which are no linear layers. Keep it "
+            f"with exclude={list(dict.fromkeys(name.rpartition('.')[2] for name in dense))}."
+        )
     owners: dict[Tensor, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -234,6 +254,12 @@ def replace_linear_layers(
         new = DLoRLinear(I, O, r, depth, diagonal, layer.bias is not None, device, dtype)
         model.set_submodule(name, new)
     return replaced
+
+
+def _is_stacked(model: nn.Module, name: str, p: Tensor) -> bool:
+    """Whether it may be several projections in one: (experts, ., .), and no kernel of a convolution or our factors."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return p.ndim == 3 and len(p) > 1 and not isinstance(owner, (_ConvNd, DLoRLinear))
 
 
 def _alpha(delta: Tensor | None, U: Tensor) -> Tensor:

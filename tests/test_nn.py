@@ -13,6 +13,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -29,6 +31,10 @@ SMALL = {
     "num_key_value_heads": 2,
     "tie_word_embeddings": False,
 }
+
+
+def mixtral():
+    return MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1))
 
 
 def factors_of(layer):
@@ -133,6 +139,23 @@ def test_a_float32_layer_stays_one():
     assert (layer(x) - dense(x)).norm() <= 1e-5 * dense(x).norm() + 1e-5
 
 
+def test_what_float32_rounds_of_a_low_rank_is_no_rank():
+    pytest.importorskip("scipy")
+    torch.manual_seed(0)
+    dense = nn.Linear(300, 300, bias=False)
+    with torch.no_grad():
+        dense.weight.copy_(torch.eye(300) + torch.randn(300, 12) @ torch.randn(12, 300))
+    layer = DLoRLinear.from_dense(dense, 4)
+    assert layer.depth == 3
+    assert (layer.to_dense() - dense.weight).norm() <= 1e-5 * dense.weight.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_layer_in_half_precision_is_not_factorised(dtype):
+    with pytest.raises(TypeError, match=f"takes a layer in float64 or float32, not {dtype}"):
+        DLoRLinear.from_dense(nn.Linear(256, 256, dtype=dtype), 8)
+
+
 def test_a_language_model_without_dense_projections_learns_and_is_saved(tmp_path):
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SMALL))
@@ -156,6 +179,13 @@ def test_a_language_model_without_dense_projections_learns_and_is_saved(tmp_path
     assert torch.equal(other(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
+def test_experts_that_are_named_stay():
+    model = mixtral()
+    names = replace_linear_layers(model, r=2, exclude=["gate_up_proj", "down_proj"])
+    assert len(names) == 2 * 4 + 1
+    assert model(input_ids=torch.randint(61, (1, 5))).logits.isfinite().all()
+
+
 def test_layers_of_gpt2_are_transposed():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=24, n_layer=1, n_head=2))
     names = replace_linear_layers(model, r=2, exclude=["lm_head"])
@@ -171,6 +201,11 @@ def test_layers_of_gpt2_are_transposed():
         (lambda: GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=24, n_layer=1, n_head=2)), (), "lm_head shares its"),
         (lambda: nn.Sequential(nn.Linear(2, 2)), ["nope"], "exclude names no linear layer: 'nope'. The model has 0."),
         (lambda: nn.Sequential(nn.Linear(2, 2)), ["0"], "has no linear layer to replace"),
+        (
+            mixtral,
+            ["gate"],
+            "gate_up_proj stacks the weights of several projections, which are no linear layers. Keep",
+        ),
         (lambda: nn.MultiheadAttention(4, 2), (), "out_proj is a NonDynamicallyQuantizableLinear"),
     ],
 )
