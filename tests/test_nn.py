@@ -203,7 +203,7 @@ def test_layers_of_gpt2_are_transposed():
         (lambda: nn.Sequential(nn.Linear(2, 2)), ["0"], "has no linear layer to replace"),
         (
             mixtral,
-            ["gate"],
+            (),
             "gate_up_proj stacks the weights of several projections, which are no linear layers. Keep",
         ),
         (lambda: nn.MultiheadAttention(4, 2), (), "out_proj is a NonDynamicallyQuantizableLinear"),
