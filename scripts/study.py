@@ -7,8 +7,9 @@
     python scripts/study.py --shared DIR --pretrained BASES --tasks "shakespeare llama" --workers 16
     python scripts/study.py --report                                  # tables and figures of what is there
 
-DIR holds data/ and models/ as study_parts/tasks.py reads them. Rows are appended to study_parts/results, one file for
-each kind of hardware, as runs finish; a run that is there is never repeated. Runs go side by side, one thread each.
+DIR holds data/ and models/ as study_parts/tasks.py reads them. Rows are appended to study_parts/results (or
+--results), one file for each kind of hardware, as runs finish; a run that is there is never repeated. Runs go side by
+side, one thread each; one that fails is told, and tried again at the next start.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ CORE_METHODS = (
     "probe",
 )
 ROUNDS = 9
+RESULTS = Path(__file__).parent / "study_parts" / "results"
 CORE_TASKS = ("banking77 10 a class", "stsb 500 pairs", "shakespeare stories260K")
 
 
@@ -55,6 +57,7 @@ def main() -> int:
     parser.add_argument("--encoder", help="a folder with MiniLM, where its package is not installed")
     parser.add_argument("--pretrained", type=Path, help="a folder of further language models, each a task")
     parser.add_argument("--pretrain", type=float, metavar="MINUTES", help="make --pretrained's `llama`; run nothing")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of rows, times and report")
     parser.add_argument("--minutes", type=float, default=60, help="no run is started later")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--tasks", nargs="+", default=CORE_TASKS)
@@ -67,7 +70,7 @@ def main() -> int:
     if arguments.report:
         from study_parts.report import write_report
 
-        print(write_report())
+        print(write_report(arguments.results))
         return 0
     if arguments.shared is None:
         parser.error("--shared: the folder of data and models is needed to run")
@@ -80,7 +83,7 @@ def main() -> int:
             parser.error("--pretrain: give --pretrained, the folder that the model is written to")
         pretrain_llama(arguments)
     elif arguments.times:
-        time_steps(arguments)
+        return 0 if time_steps(arguments) else 1
     else:
         return 0 if run_missing(arguments) else 1
     return 0
@@ -102,9 +105,10 @@ def pretrain_llama(arguments: argparse.Namespace) -> None:
     pretrain(arguments.sources, arguments.pretrained / "llama", arguments.pretrain)
 
 
-def time_steps(arguments: argparse.Namespace) -> None:
+def time_steps(arguments: argparse.Namespace) -> bool:
+    """Whether the machine was quiet enough for all of them."""
     from study_parts.methods import PROBE
-    from study_parts.times import measure_times, write_times
+    from study_parts.times import add_times, measure_times
 
     check_names(arguments)
     methods: dict[tuple[str, int], list[str]] = {(task, k): [] for task in arguments.tasks for k in arguments.budgets}
@@ -112,12 +116,15 @@ def time_steps(arguments: argparse.Namespace) -> None:
         for place in [(cell.task, cell.k)] if cell.k else [place for place in methods if place[0] == cell.task]:
             if cell.method != PROBE:
                 methods[place].append(cell.method)
-    times = [measure_times(arguments.sources, task, found, k, ROUNDS) for (task, k), found in methods.items()]
-    if void := [one for one in times if one["is_void"]]:
-        sys.exit(
-            f"study: LoRA took {void[0]['itself']:.3f} of its own time, nothing is written: quiet the machine first"
-        )
-    write_times(times, {"versions": versions(), "commit": commit()})
+    is_quiet = True
+    for (task, k), names in methods.items():
+        times = measure_times(arguments.sources, task, names, k, ROUNDS)
+        if times["is_void"]:
+            is_quiet = False
+            print(f"{task}, k {k}: not written, LoRA took {times['itself']:.3f} of its own time: quiet the machine")
+        else:
+            add_times({**times, "versions": versions(), "commit": commit()}, arguments.results)
+    return is_quiet
 
 
 def check_names(arguments: argparse.Namespace) -> None:
@@ -133,7 +140,8 @@ def check_names(arguments: argparse.Namespace) -> None:
 
 
 def possible_cells(arguments: argparse.Namespace) -> list[Any]:
-    from study_parts.schedule import cells, is_possible
+    from study_parts.results import Results
+    from study_parts.schedule import cells, is_possible, of_another_setting
     from study_parts.tasks import tasks
 
     known = tasks(arguments.sources)
@@ -144,6 +152,12 @@ def possible_cells(arguments: argparse.Namespace) -> list[Any]:
             plan.append(cell)
         else:
             print(f"left out: {cell.method} has no form for {cell.task} with the parameters of LoRA r {cell.k}")
+    results = Results(arguments.results)
+    if stale := [run for cell in plan for run in of_another_setting(cell, known[cell.task], layers, results.rows)]:
+        sys.exit(
+            f"study: {len(stale)} rows of {results.path.name} were run with other steps, batches, rates of the head "
+            f"or ranks than now, the first is {stale[0]}: remove them, or go back to the code that they are of"
+        )
     return plan
 
 
@@ -153,7 +167,7 @@ def run_missing(arguments: argparse.Namespace) -> bool:
     from study_parts.schedule import missing
 
     check_names(arguments)
-    results = Results()
+    results = Results(arguments.results)
     plan = possible_cells(arguments)
     facts = {"versions": versions(), "commit": commit()}
     end = time.monotonic() + 60 * arguments.minutes
@@ -220,14 +234,15 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str:
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return found.stdout.strip() or "unknown"
+    """Of the code: rows that are not committed yet are no change of it."""
+    folder = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=False).stdout.strip()
+
+    code = (".", "../dlor_peft", ":(exclude)study_parts/results")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
+    return (git("describe", "--always") or "unknown") + ("-dirty" if changed else "")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,10 @@
 
 import json
 import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 LETTERS = "abcdefgh "
 SIZES = {
     "hidden_size": 32,
@@ -65,7 +70,7 @@ def base(sources):
 @pytest.fixture(scope="module")
 def results(sources, base, tmp_path_factory):
     results = Results(tmp_path_factory.mktemp("results"), "here")
-    cells = [("lora", 1), ("lora", 2), ("dlor scaled", 1), ("dlor scaled", 2), ("dora", 1), ("full", 0)]
+    cells = [("lora", 1), ("lora", 2), ("dlor scaled", 1), ("dlor scaled", 2), ("dora", 2), ("full", 0)]
     for method, k in cells:
         for rate in (0.003, 0.01):
             run = Run(TASK, method, k, rate, training.SELECTION_SEEDS[0])
@@ -109,10 +114,10 @@ def test_the_same_run_gives_the_same_row(sources, results):
 
 def test_rows_answer_the_questions(results):
     readings = read(results.rows)
-    times = [{"task": TASK, "k": 1, "methods": {"dlor scaled": {"median": 0.9}, "dora": {"median": 1.8}}}]
+    times = [{"task": TASK, "k": 2, "methods": {"dlor scaled": {"median": 0.9}, "dora": {"median": 1.8}}}]
     small, forgetting, robust, aligned, dora = answers(readings.values(), times)
     assert f"| {TASK} | 1 | dlor scaled |" in small
-    assert f"| {TASK} | 1 | dora |" in forgetting
+    assert f"| {TASK} | 2 | dora |" in forgetting
     assert f"| {TASK} | lora | k | 1: " in robust
     assert "in margins" in aligned
     assert TASK in aligned
@@ -144,7 +149,7 @@ def test_forgetting_is_compared_at_the_loss_that_both_reach():
 def test_the_report_has_a_row_for_each_cell(results, tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "here.jsonl").write_bytes(results.path.read_bytes())
-    (tmp_path / "here-times.json").write_text(json.dumps({"times": []}))
+    (tmp_path / "here-times.json").write_text(json.dumps([]))
     written = report.write_report(tmp_path)
     assert (tmp_path / "report.md").read_text() == written
     assert (tmp_path / "here.png").stat().st_size > 10_000
@@ -158,3 +163,27 @@ def test_steps_are_timed_over_lora(sources, base):
     assert of_dlor["median"] > 0
     assert 0.5 < of_dlor["kept"] < 2
     assert found["methods"]["full"]["adapter_bytes"] > of_dlor["adapter_bytes"]
+
+
+def test_a_run_that_fails_is_told_and_the_others_go_on(sources, base, tmp_path):
+    bases = tmp_path / "bases"
+    for name in ("broken", "llama"):
+        shutil.copytree(sources.pretrained / "llama", bases / name)
+    (bases / "broken" / "tokenizer.json").write_text("{}")
+
+    def study(*tasks):
+        folders = ["--shared", sources.shared, "--pretrained", bases, "--results", tmp_path / "results"]
+        options = ["--methods", "lora", "--budgets", "1", "--seeds", "0", "--workers", "2"]
+        command = [sys.executable, SCRIPTS / "study.py", *folders, *options, "--tasks", *tasks]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    first = study("shakespeare broken", "shakespeare llama")
+    assert first.returncode == 1, first.stderr
+    assert first.stdout.count("shakespeare broken | lora | k 1 | lr 0.001 | seed 0 | failed") == 1
+    (file,) = (tmp_path / "results").glob("*.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {row["run"]["task"] for row in rows} == {"shakespeare llama"}
+    assert {0.001, 0.00316, 0.01} <= {row["run"]["lr"] for row in rows}
+    again = study("shakespeare llama")
+    assert again.returncode == 0, again.stderr
+    assert len(file.read_text().splitlines()) == len(rows)

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from .reading import Cell, Reading
-from .statistics import Difference, holm, paired
+from .statistics import Difference, corrected, paired
 
 DLOR = "dlor scaled"
 """The default form."""
@@ -34,12 +34,19 @@ def answers(readings: Iterable[Reading], times: list[dict[str, Any]]) -> list[st
 
 
 def compare(reading: Reading, one: Cell, other: Cell) -> Difference | None:
-    """Test, seed by seed, of the same seeds; None of fewer than three."""
+    """Test, seed by seed, of the same seeds; None of fewer than three, or where a seed of either diverged."""
     values, others = reading.test.get(one, {}), reading.test.get(other, {})
     seeds = sorted(set(values) & set(others))
-    if len(seeds) < 3 or one == other:
+    if len(seeds) < 3 or one == other or reading.num_diverged(one) or reading.num_diverged(other):
         return None
     return paired([values[s] for s in seeds], [others[s] for s in seeds], reading.margin)
+
+
+def with_lora(reading: Reading, k: int) -> dict[Cell, Difference]:
+    """Of every cell of a budget less LoRA, one family of tests; what has no budget (0) less the largest LoRA."""
+    cells = [cell for cell in reading.test if cell[1] == k]
+    found = {cell: compare(reading, cell, ("lora", k or 8)) for cell in cells}
+    return corrected({cell: difference for cell, difference in found.items() if difference})
 
 
 def shown(found: Difference) -> str:
@@ -54,44 +61,41 @@ def _table(title: str, text: str, head: str, lines: list[str]) -> str:
 
 
 def _small_budgets(readings: list[Reading]) -> str:
-    found = {
-        (reading.task, k, method): difference
+    lines = [
+        f"| {reading.task} | {k} | {method} | {shown(difference)} | {difference.p:.3f} | {difference.is_equivalent} |"
         for reading in readings
         for k in SMALL
-        for method in sorted({method for method, _ in reading.test if method.startswith("dlor")})
-        if (difference := compare(reading, (method, k), ("lora", k)))
-    }
-    corrected = holm({str(key): difference.p for key, difference in found.items()})
-    lines = [
-        f"| {task} | {k} | {method} | {shown(difference)} | {corrected[str((task, k, method))]:.3f} "
-        f"| {difference.is_equivalent} |"
-        for (task, k, method), difference in found.items()
+        for (method, _), difference in with_lora(reading, k).items()
+        if method.startswith("dlor")
     ]
     return _table(
         "Budgets of LoRA r 1 and 2",
-        "Test metric less LoRA's, paired by seed, 95% bootstrap interval; Holm over this table.",
+        "Test metric less LoRA's, as in the tables of the tasks.",
         "| task | k | method | difference | p (Holm) | equivalent |",
         lines,
     )
 
 
 def _forgetting(readings: list[Reading]) -> str:
-    lines = []
+    found = {}
     for reading in readings:
         for cell in reading.test:
             pairs = _at_equal_loss(reading, cell, ("lora", cell[1] or 8))
-            if len(pairs) < 3 or cell[0] == "lora":
-                continue
-            difference = paired(*zip(*pairs, strict=True), margin=reading.margin)
-            lines.append(
-                f"| {reading.task} | {cell[1] or '-'} | {cell[0]} | {np.mean([own for own, _ in pairs]):.3f} "
-                f"| {np.mean([lora for _, lora in pairs]):.3f} | {shown(difference)} | {difference.p:.3f} |"
-            )
+            if len(pairs) >= 3 and cell[0] != "lora":
+                own, lora = zip(*pairs, strict=True)
+                found[reading.task, cell] = (own, lora, paired(own, lora, margin=reading.margin))
+    differences = corrected({key: difference for key, (_, _, difference) in found.items()})
+    lines = [
+        f"| {task} | {k or '-'} | {method} | {np.mean(own):.3f} | {np.mean(lora):.3f} "
+        f"| {shown(difference)} | {difference.p:.3f} |"
+        for ((task, (method, k)), (own, lora, _)), difference in zip(found.items(), differences.values(), strict=True)
+    ]
     return _table(
         "Forgetting at equal task loss",
         "Bits a byte on what the base was trained on, where a run and LoRA's of the same seed have the same task "
-        "loss, the higher of their last two: interpolated on the way of the other one.",
-        "| task | k | method | base | base, LoRA | difference | p |",
+        "loss, the higher of their last two. The other one is there in the middle of its run, at a higher rate than "
+        "at its end: interpolated on its way. Each has its own best learning rate.",
+        "| task | k | method | base | base, LoRA | difference | p (Holm) |",
         lines,
     )
 
@@ -104,7 +108,9 @@ def _at_equal_loss(reading: Reading, cell: Cell, other: Cell) -> list[tuple[floa
     pairs = []
     for seed in sorted(set(paths) & set(others)):
         target = max(paths[seed][-1][0], others[seed][-1][0])
-        pairs.append((_base_at(paths[seed], target), _base_at(others[seed], target)))
+        own, other_one = _base_at(paths[seed], target), _base_at(others[seed], target)
+        if own is not None and other_one is not None:
+            pairs.append((own, other_one))
     return pairs
 
 
@@ -113,13 +119,13 @@ def _path(reading: Reading, row: dict[str, Any]) -> list[tuple[float, float]]:
     return [(task, base) for _, task, base in row["path"]] + [(row["test"][reading.metric], row["base_loss"])]
 
 
-def _base_at(path: list[tuple[float, float]], target: float) -> float:
-    """The base loss where the task loss falls to the target for the last time."""
+def _base_at(path: list[tuple[float, float]], target: float) -> float | None:
+    """The base loss where the task loss falls to the target for the last time; None where it never does."""
     for (task, base), (next_task, next_base) in reversed(list(pairwise(path))):
         if task >= target >= next_task:
             share = (task - target) / (task - next_task) if task > next_task else 1.0
             return base + share * (next_base - base)
-    return path[-1][1]
+    return None
 
 
 def _robustness(readings: list[Reading]) -> str:
@@ -182,18 +188,25 @@ def _alignment(readings: list[Reading]) -> str:
 
 
 def _dora(readings: list[Reading], times: list[dict[str, Any]]) -> str:
-    lines = []
-    for reading in readings:
-        for k in sorted({k for _, k in reading.test}):
-            difference = compare(reading, (DLOR, k), ("dora", k))
-            if difference is None:
-                continue
-            of_task = [one["methods"] for one in times if one["task"] == reading.task and one["k"] == k]
-            ratio = f"{of_task[0][DLOR]['median'] / of_task[0]['dora']['median']:.2f}" if of_task else ""
-            lines.append(f"| {reading.task} | {k} | {shown(difference)} | {difference.is_equivalent} | {ratio} |")
+    budgets = [(reading, k) for reading in readings for k in sorted({k for _, k in reading.test})]
+    found = {
+        (reading.task, k): difference
+        for reading, k in budgets
+        if (difference := compare(reading, (DLOR, k), ("dora", k)))
+    }
+    ratios = {
+        (one["task"], one["k"]): f"{one['methods'][DLOR]['median'] / one['methods']['dora']['median']:.2f}"
+        for one in times
+        if {DLOR, "dora"} <= one["methods"].keys()
+    }
+    lines = [
+        f"| {task} | {k} | {shown(difference)} | {difference.p:.3f} | {difference.is_equivalent} "
+        f"| {ratios.get((task, k), '')} |"
+        for (task, k), difference in corrected(found).items()
+    ]
     return _table(
         "DLoR and DoRA",
         "Test metric of DLoR less DoRA's, paired by seed, and the time of a training step over DoRA's.",
-        "| task | k | difference | equivalent | time over DoRA's |",
+        "| task | k | difference | p (Holm) | equivalent | time over DoRA's |",
         lines,
     )

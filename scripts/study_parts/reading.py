@@ -39,8 +39,8 @@ class Reading:
 
     @cached_property
     def metric(self) -> str:
-        metrics = next(row.get("dev") or row["test"] for row in self.rows.values() if "diverged" not in row)
-        return next(name for name in HEADLINES if name in metrics)
+        found = {name for row in self.rows.values() for name in row.get("dev") or row.get("test") or ()}
+        return next((name for name in HEADLINES if name in found), next(iter(HEADLINES)))
 
     @property
     def sign(self) -> int:
@@ -81,17 +81,22 @@ class Reading:
         return max(finite, key=lambda choice: (self.sign * choice.value, -choice.lr)) if finite else None
 
     def reported(self, cell: Cell) -> dict[int, dict[str, Any]]:
-        """The row on test of each fresh seed, at the learning rate that dev chose."""
+        """The row of each fresh seed, on test, at the learning rate that dev chose; with those that diverged."""
         best = self.best(cell)
-        of_cell = [run for run in sorted(self.rows) if (run.method, run.k) == cell and "test" in self.rows[run]]
-        return {run.seed: self.rows[run] for run in of_cell if best is None or run.lr == best.lr}
+        fresh = [run for run in sorted(self.rows) if (run.method, run.k) == cell and run.seed not in SELECTION_SEEDS]
+        return {run.seed: self.rows[run] for run in fresh if best is None or run.lr == best.lr}
+
+    def num_diverged(self, cell: Cell) -> int:
+        """Of the fresh seeds."""
+        return sum("diverged" in row for row in self.reported(cell).values())
 
     @cached_property
     def test(self) -> dict[Cell, dict[int, float]]:
         """The value on test of each fresh seed."""
         found = {}
         for cell in dict.fromkeys((run.method, run.k) for run in sorted(self.rows)):
-            if values := {seed: row["test"][self.metric] for seed, row in self.reported(cell).items()}:
+            rows = self.reported(cell)
+            if values := {seed: row["test"][self.metric] for seed, row in rows.items() if "test" in row}:
                 found[cell] = values
         return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +9,19 @@ import numpy as np
 from scipy import stats
 
 from .methods import PROBE, has_budget
-from .questions import answers, compare, shown
+from .questions import answers, shown, with_lora
 from .reading import Cell, Reading, read
-from .results import FOLDER, Results
-from .statistics import holm
-from .times import times_path
-
-REFERENCE = "lora"
+from .results import Results
+from .times import read_times
 
 
-def write_report(folder: Path = FOLDER) -> str:
+def write_report(folder: Path) -> str:
     """The tables of every kind of hardware, in Markdown; also written to `report.md` in the folder, with a figure."""
     parts = []
     for path in sorted(folder.glob("*.jsonl")):
         rows = Results(folder, path.stem).rows
         readings = read(rows)
-        file = times_path(folder, path.stem)
-        times = json.loads(file.read_text(encoding="utf-8"))["times"] if file.is_file() else []
+        times = read_times(folder, path.stem)
         diverged = sum("diverged" in row for row in rows.values())
         parts.append(f"# {path.stem}: {len(rows)} runs, {diverged} of them diverged")
         parts += [_of_task(reading, times) for reading in readings.values()]
@@ -50,14 +45,13 @@ def _of_task(reading: Reading, times: list[dict[str, Any]]) -> str:
     chosen = {cell: best for cell in reading.dev if (best := reading.best(cell))}
     for k in sorted({k for _, k in chosen}):
         cells = sorted((cell for cell in chosen if cell[1] == k), key=lambda cell: -reading.sign * chosen[cell].value)
-        # what has no budget is compared with the largest LoRA
-        compared = {cell: compare(reading, cell, (REFERENCE, k or 8)) for cell in cells}
-        corrected = holm({str(cell): found.p for cell, found in compared.items() if found})
+        compared = with_lora(reading, k)
         of_times = next((one["methods"] for one in times if (one["task"], one["k"]) == (reading.task, k or 8)), {})
         for cell in cells:
-            method, found, best = cell[0], compared[cell], chosen[cell]
+            method, found, best = cell[0], compared.get(cell), chosen[cell]
             values = list(reading.test.get(cell, {}).values())
-            base = [row["base_loss"] for row in reading.reported(cell).values() if row["base_loss"]]
+            diverged = f", {number} diverged" if (number := reading.num_diverged(cell)) else ""
+            base = [row["base_loss"] for row in reading.reported(cell).values() if row.get("base_loss")]
             time = of_times.get(method)
             fields = (
                 str(k or "-"),
@@ -65,9 +59,9 @@ def _of_task(reading: Reading, times: list[dict[str, Any]]) -> str:
                 f"{reading.parameters[cell]:,}",
                 f"{best.lr:.2g}",
                 f"{best.value:.4f} ({best.num_seeds})",
-                f"{np.mean(values):.4f} ({len(values)})" if values else "",
+                f"{np.mean(values):.4f} ({len(values)}{diverged})" if values else "",
                 shown(found) if found else "",
-                f"{corrected[str(cell)]:.3f}" if found else "",
+                f"{found.p:.3f}" if found else "",
                 found.is_equivalent if found else "",
                 f"{np.mean(base):.3f}" if base else "",
                 f"{time['median']:.2f}" if time else "",
@@ -80,7 +74,7 @@ def _of_task(reading: Reading, times: list[dict[str, Any]]) -> str:
 def draw(readings: list[Reading], path: Path) -> None:
     """Test metric against parameters, a panel a task, with 95% t intervals of the mean over seeds.
 
-    Methods of equal size stand side by side: the first at its number of parameters, each other 4% further right.
+    Methods of equal size stand side by side, within 10% of their numbers of parameters.
     """
     from matplotlib.figure import Figure
 
@@ -98,16 +92,20 @@ def draw(readings: list[Reading], path: Path) -> None:
             means, widths = zip(*(_interval(list(reading.test[cell].values())) for cell in cells), strict=True)
             is_ours = method.startswith("dlor")
             handles[method] = axes.errorbar(
-                [reading.parameters[cell] * 1.04**index for cell in cells],
+                [reading.parameters[cell] * (0.9 + 0.2 * index / max(1, len(methods) - 1)) for cell in cells],
                 means,
                 yerr=widths,
                 color=f"C{index % 10}",
-                marker="o" if is_ours else "s" if has_budget(method) else "*",
+                marker=("o^v" if is_ours else "sDP" if has_budget(method) else "*X+")[index // 10],
                 linewidth=2 if is_ours else 1,
                 linestyle="-" if is_ours else "--",
                 capsize=3,
             )
-        axes.set(xscale="log", xlabel="trained parameters beside the head", title=f"{reading.task}: {reading.metric}")
+        axes.set(
+            xscale="log",
+            xlabel="trained parameters beside the head, within 10%",
+            title=f"{reading.task}: {reading.metric}",
+        )
         axes.margins(x=0.3)
     columns = 3 * len(readings)
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize=8)

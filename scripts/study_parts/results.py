@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-FOLDER = Path(__file__).with_name("results")
-
 
 @dataclass(frozen=True, order=True)
 class Run:
@@ -34,24 +32,22 @@ def hardware() -> str:
 
 
 class Results:
-    """Appended to as runs finish, by one process."""
+    """Appended to as runs finish, by one process, while others may read."""
 
-    def __init__(self, folder: Path = FOLDER, name: str | None = None) -> None:
+    def __init__(self, folder: Path, name: str | None = None) -> None:
         self.path = folder / f"{name or hardware()}.jsonl"
-        self.rows: dict[Run, dict[str, Any]] = {}
-        if self.path.is_file():
-            text = self.path.read_text(encoding="utf-8")
-            whole, _, cut_off = text.rpartition("\n")
-            if cut_off:
-                # a process that was killed while it wrote
-                self.path.write_text(whole + "\n" if whole else "", encoding="utf-8")
-            for line in whole.splitlines():
-                row = json.loads(line)
-                self.rows[Run(**row["run"])] = row
+        text = self.path.read_bytes() if self.path.is_file() else b""
+        # of a process that was killed while it wrote, or that is writing
+        self._cut_off = text.rpartition(b"\n")[2]
+        rows = map(json.loads, text.removesuffix(self._cut_off).splitlines())
+        self.rows: dict[Run, dict[str, Any]] = {Run(**row["run"]): row for row in rows}
 
     def add(self, run: Run, row: dict[str, Any]) -> None:
         self.rows[run] = {"run": asdict(run), **row}
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self._cut_off:
+            os.truncate(self.path, self.path.stat().st_size - len(self._cut_off))
+            self._cut_off = b""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(self.rows[run]) + "\n")
             file.flush()

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .methods import METHODS, PROBE, Layers, allocate, has_budget
+from .methods import METHODS, PROBE, Layers, allocate, has_budget, rank_counts
 from .reading import Reading
 from .results import Run
 from .task import Task
@@ -52,6 +52,18 @@ def is_possible(cell: Cell, task: Task, layers: Layers) -> bool:
     if cell.method in ("head", PROBE):
         return task.head is not None
     return not has_budget(cell.method) or allocate(METHODS[cell.method], layers, cell.k) is not None
+
+
+def of_another_setting(
+    cell: Cell, task: Task, layers: Mapping[str, Layers], rows: Mapping[Run, dict[str, Any]]
+) -> list[Run]:
+    """Runs of the cell that can't be compared with new ones."""
+    ranks = allocate(METHODS[cell.method], layers[cell.task], cell.k) if has_budget(cell.method) else None
+    now = {"setting": task.setting, **({"ranks": rank_counts(ranks)} if ranks else {})}
+    of_cell = [run for run in rows if (run.task, run.method, run.k) == (cell.task, cell.method, cell.k)]
+    return (
+        [] if cell.method == PROBE else [run for run in of_cell if any(rows[run][name] != now[name] for name in now)]
+    )
 
 
 def missing(cell: Cell, rows: Mapping[Run, dict[str, Any]], num_seeds: int) -> list[Run]:

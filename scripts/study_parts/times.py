@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dlor_peft.training.folder import atomic
 
 from .methods import has_budget
-from .results import FOLDER, Run, hardware
+from .results import Run, hardware
 from .sources import Sources
 from .task import Task
 from .tasks import tasks
@@ -80,10 +80,17 @@ def _of(found: Rounds, method: str, step: TrainingStep, kept: int) -> dict[str, 
     }
 
 
-def times_path(folder: Path = FOLDER, name: str | None = None) -> Path:
-    return folder / f"{name or hardware()}-times.json"
+def read_times(folder: Path, name: str | None = None) -> list[dict[str, Any]]:
+    path = _path(folder, name or hardware())
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
-def write_times(times: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    with atomic(times_path()) as partial:
-        partial.write_text(json.dumps({**facts, "times": times}, indent=1) + "\n", encoding="utf-8")
+def add_times(times: dict[str, Any], folder: Path) -> None:
+    """In the place of those of the same task and budget."""
+    others = [one for one in read_times(folder) if (one["task"], one["k"]) != (times["task"], times["k"])]
+    with atomic(_path(folder, hardware())) as partial:
+        partial.write_text(json.dumps([*others, times], indent=1) + "\n", encoding="utf-8")
+
+
+def _path(folder: Path, name: str) -> Path:
+    return folder / f"{name}-times.json"
