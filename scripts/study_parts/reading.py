@@ -105,6 +105,11 @@ class Reading:
         """Trained ones beside the head."""
         return {(run.method, run.k): row["parameters"] for run, row in self.rows.items() if "parameters" in row}
 
+    @cached_property
+    def ranks(self) -> dict[Cell, dict[str, int]]:
+        """Rank -> how many layers have it."""
+        return {(run.method, run.k): row["ranks"] for run, row in self.rows.items() if "ranks" in row}
+
 
 def read(rows: Mapping[Run, dict[str, Any]]) -> dict[str, Reading]:
     """By task, in the order in which tasks first appear."""

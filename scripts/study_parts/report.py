@@ -38,9 +38,9 @@ def _of_task(reading: Reading, times: list[dict[str, Any]]) -> str:
         f"## {reading.task}: {reading.metric}",
         "",
         *([f"Linear probe on the frozen model: {np.mean(probe):.4f} ({len(probe)} seeds)", ""] if probe else []),
-        "| k | method | parameters | lr | dev, mean (seeds) | test, mean (seeds) | less LoRA's, 95% "
+        "| k | method | parameters | ranks | lr | dev, mean (seeds) | test, mean (seeds) | less LoRA's, 95% "
         "| p (Holm) | equivalent | base | step | kept |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     chosen = {cell: best for cell in reading.dev if (best := reading.best(cell))}
     for k in sorted({k for _, k in chosen}):
@@ -57,6 +57,7 @@ def _of_task(reading: Reading, times: list[dict[str, Any]]) -> str:
                 str(k or "-"),
                 method,
                 f"{reading.parameters[cell]:,}",
+                ", ".join(f"{number} x {r}" for r, number in reading.ranks.get(cell, {}).items()),
                 f"{best.lr:.2g}",
                 f"{best.value:.4f} ({best.num_seeds})",
                 f"{np.mean(values):.4f} ({len(values)}{diverged})" if values else "",
@@ -68,7 +69,18 @@ def _of_task(reading: Reading, times: list[dict[str, Any]]) -> str:
                 f"{time['kept']:.2f}" if time else "",
             )
             lines.append(f"| {' | '.join(fields)} |")
-    return "\n".join(lines)
+    return "\n".join((*lines, "", *_grid(reading)))
+
+
+def _grid(reading: Reading) -> list[str]:
+    """Every learning rate that was tried, with the first seed on dev."""
+    rates = sorted({lr for of_cell in reading.dev.values() for lr in of_cell})
+    lines = [f"| k | method | {' | '.join(f'{lr:.2g}' for lr in rates)} |", "|" + "---|" * (2 + len(rates))]
+    for cell in sorted(reading.dev, key=lambda cell: (cell[1], cell[0])):
+        first = reading.first(cell)
+        fields = [f"{first[lr]:.4f}" if lr in first else "diverged" if lr in reading.dev[cell] else "" for lr in rates]
+        lines.append(f"| {cell[1] or '-'} | {cell[0]} | {' | '.join(fields)} |")
+    return lines
 
 
 def draw(readings: list[Reading], path: Path) -> None:
