@@ -96,12 +96,13 @@ def test_other_dtypes_and_autocast(I, O, dtype, tolerance):
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("diagonal", ["vector", "scalar"])
 @pytest.mark.parametrize(("I", "O", "r"), [(256, 256, 1), (256, 256, 8), (96, 256, 4), (256, 96, 4)])
-def test_the_start_keeps_the_size_of_signal_and_gradient(I, O, r, depth):
+def test_the_start_keeps_the_size_of_signal_and_gradient(I, O, r, diagonal, depth):
     torch.manual_seed(0)
     sizes, gradients = [], []
     for _ in range(40):
-        layer = DLoRLinear(I, O, r, depth, bias=False)
+        layer = DLoRLinear(I, O, r, depth, diagonal, bias=False)
         x = torch.randn(64, I, requires_grad=True)
         y = layer(x)
         y.backward(torch.randn_like(y))
@@ -109,6 +110,14 @@ def test_the_start_keeps_the_size_of_signal_and_gradient(I, O, r, depth):
         gradients.append(x.grad.square().mean().item())
     assert math.fsum(sizes) / 40 == pytest.approx(1, rel=0.2)
     assert math.fsum(gradients) / 40 == pytest.approx(O / I, rel=0.25)
+
+
+@pytest.mark.parametrize("depth", [1, 4, 16])
+def test_without_a_trained_diagonal_the_signal_grows_by_the_root_of_e_at_most(depth):
+    torch.manual_seed(0)
+    x = torch.randn(64, 256)
+    sizes = [DLoRLinear(256, 256, 8, depth, "none", bias=False)(x).square().mean().item() for _ in range(40)]
+    assert 1.2 < math.fsum(sizes) / 40 < 1.05 * math.exp(0.5)
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(0, 9), st.integers(0, 2**31))
