@@ -14,6 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from .cap import capped_tensors, check_limits, project
 from .layers import owned_adapters
 
+U_LR_RATIO = 4.0
+"""What was best at equal parameters, or as good as 1: README, "At equal parameters"."""
+
 ROLES = ("diagonal", "U", "V", "other", "other_no_decay", "full", "full_no_decay")
 
 
@@ -21,7 +24,7 @@ def create_dlor_optimizer(
     model: nn.Module,
     lr: float,
     diag_lr_ratio: float = 1.0,
-    u_lr_ratio: float = 1.0,
+    u_lr_ratio: float | None = None,
     weight_decay: float = 0.0,
     *,
     head_lr: float | None = None,
@@ -38,7 +41,8 @@ def create_dlor_optimizer(
         model: any model with PEFT adapters, DLoR's or others.
         lr: of V and of all that has no rate of its own.
         diag_lr_ratio: that of the diagonals over lr.
-        u_lr_ratio: that of U over lr, as in LoRA+ (arXiv 2402.12354).
+        u_lr_ratio: that of U over lr, as in LoRA+ (arXiv 2402.12354); None is 4 where there is a U. The best lr is
+            then a third to all of what it is with 1.
         weight_decay: towards no change; see `parameter_groups`.
         head_lr: of what is trained in full.
         max_ratio: keep ||U V^T||_2 <= max_ratio * min|1 + delta| by a projection after each step; see
@@ -89,7 +93,7 @@ def parameter_groups(
     model: nn.Module,
     lr: float,
     diag_lr_ratio: float = 1.0,
-    u_lr_ratio: float = 1.0,
+    u_lr_ratio: float | None = None,
     weight_decay: float = 0.0,
     *,
     head_lr: float | None = None,
@@ -99,7 +103,7 @@ def parameter_groups(
     | role | what | lr | decays |
     |---|---|---|---|
     | "diagonal" | delta | lr * diag_lr_ratio | yes |
-    | "U" | U | lr * u_lr_ratio | yes |
+    | "U" | U | lr * u_lr_ratio (None: 4) | yes |
     | "V" | V | lr | no |
     | "other" | tensors of other PEFT methods | lr | yes |
     | "full" | modules_to_save, trained tokens and biases, all else of the model | head_lr, or lr | yes |
@@ -113,7 +117,8 @@ def parameter_groups(
     low-rank term of an embedding starts with V = 0 and U random: there U has the role "V", and V the role "U".
 
     Raises:
-        ValueError: nothing is trained, or a ratio other than 1 or a head_lr is given and nothing has that role.
+        ValueError: nothing is trained, or a diag_lr_ratio other than 1, a u_lr_ratio or a head_lr is given and nothing
+            has that role.
     """
     for name, ratio in (
         ("lr", lr),
@@ -136,7 +141,7 @@ def parameter_groups(
         )
     for name, value, default, roles, what in (
         ("diag_lr_ratio", diag_lr_ratio, 1, ("diagonal",), "a trainable diagonal of DLoR"),
-        ("u_lr_ratio", u_lr_ratio, 1, ("U",), "a trainable factor U of DLoR"),
+        ("u_lr_ratio", u_lr_ratio, None, ("U",), "a trainable factor U of DLoR"),
         ("head_lr", head_lr, None, ("full", "full_no_decay"), "a parameter that is trained in full (modules_to_save)"),
     ):
         if value != default and not any(members[role] for role in roles):
@@ -144,7 +149,7 @@ def parameter_groups(
                 f"dlor_peft.optimiser: {name}={value!r} is given, but the model does not have {what}. Leave {name} "
                 "out."
             )
-    rates = {"diagonal": lr * diag_lr_ratio, "U": lr * u_lr_ratio}
+    rates = {"diagonal": lr * diag_lr_ratio, "U": lr * (U_LR_RATIO if u_lr_ratio is None else u_lr_ratio)}
     if head_lr is not None:
         rates |= {"full": head_lr, "full_no_decay": head_lr}
     return [

@@ -246,6 +246,16 @@ def test_u_and_v_learn_at_their_rates():
             torch.testing.assert_close(parameter.detach(), before[parameter] - rate * parameter.grad)
 
 
+def test_u_learns_four_times_as_fast_unless_it_is_told_otherwise():
+    model = adapted("llama")
+    assert [group["lr"] for group in parameter_groups(model, 1e-2)] == [1e-2, 4e-2, 1e-2]
+    assert [group["lr"] for group in parameter_groups(model, 1e-2, u_lr_ratio=1)] == [1e-2, 1e-2, 1e-2]
+    model = get_peft_model(build("llama"), DLoRConfig(r=0, target_modules=["q_proj"]))
+    assert [group["role"] for group in parameter_groups(model, 1e-2)] == ["diagonal"]
+    with pytest.raises(ValueError, match="u_lr_ratio=1 is given, but the model does not have a trainable factor U"):
+        parameter_groups(model, 1e-2, u_lr_ratio=1)
+
+
 def test_a_config_without_diagonal_has_no_such_group():
     model = get_peft_model(build("llama"), DLoRConfig(diagonal="none", target_modules=["q_proj"]))
     assert [group["role"] for group in parameter_groups(model, 1e-3)] == ["U", "V"]

@@ -105,7 +105,7 @@ def test_the_modes_are_those_of_the_config():
 
 
 def test_the_optimiser_and_starts_run():
-    code = block_with("create_dlor_optimizer")
+    code = block_with("initialize_from_data")
     config = dlor_peft.DLoRConfig(r=2, mode="multiplicative", target_modules=["q_proj"], modules_to_save=["lm_head"])
     names = {"model": get_peft_model(build("llama"), config), "dataloader": [inputs("llama")] * 2}
     exec(code, names)

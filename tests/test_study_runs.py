@@ -70,7 +70,7 @@ def base(sources):
 @pytest.fixture(scope="module")
 def results(sources, base, tmp_path_factory):
     results = Results(tmp_path_factory.mktemp("results"), "here")
-    cells = [("lora", 1), ("lora", 2), ("dlor scaled", 1), ("dlor scaled", 2), ("dora", 2), ("full", 0)]
+    cells = [("lora", 1), ("lora", 2), ("dlor scaled U x4", 1), ("dlor scaled U x4", 2), ("dora", 2), ("full", 0)]
     for method, k in cells:
         for rate in (0.003, 0.01):
             run = Run(TASK, method, k, rate, training.SELECTION_SEEDS[0])
@@ -107,16 +107,16 @@ def test_runs_learn_from_the_same_start_and_forget(results, base):
 
 
 def test_the_same_run_gives_the_same_row(sources, results):
-    run = Run(TASK, "dlor scaled", 1, 0.01, 1)
+    run = Run(TASK, "dlor scaled U x4", 1, 0.01, 1)
     again = training.run_one(run, sources)
     assert again["path"] == results.rows[run]["path"]
 
 
 def test_rows_answer_the_questions(results):
     readings = read(results.rows)
-    times = [{"task": TASK, "k": 2, "methods": {"dlor scaled": {"median": 0.9}, "dora": {"median": 1.8}}}]
+    times = [{"task": TASK, "k": 2, "methods": {"dlor scaled U x4": {"median": 0.9}, "dora": {"median": 1.8}}}]
     small, forgetting, robust, aligned, dora = answers(readings.values(), times)
-    assert f"| {TASK} | 1 | dlor scaled |" in small
+    assert f"| {TASK} | 1 | dlor scaled U x4 |" in small
     assert f"| {TASK} | 2 | dora |" in forgetting
     assert f"| {TASK} | lora | k | 1: " in robust
     assert "in margins" in aligned
@@ -153,7 +153,7 @@ def test_the_report_has_a_row_for_each_cell(results, tmp_path):
     written = report.write_report(tmp_path)
     assert (tmp_path / "report.md").read_text() == written
     assert (tmp_path / "here.png").stat().st_size > 10_000
-    for cell in ("| 1 | lora |", "| 2 | dlor scaled |", "| - | full |"):
+    for cell in ("| 1 | lora |", "| 2 | dlor scaled U x4 |", "| - | full |"):
         assert cell in written
 
 

@@ -199,8 +199,8 @@ class OptimizerSection(Section):
     diag_lr_ratio: PositiveFloat = 1.0
     """Learning rate of the diagonals over training.learning_rate."""
 
-    u_lr_ratio: PositiveFloat = 1.0
-    """Learning rate of U over training.learning_rate, as in LoRA+ (arXiv 2402.12354)."""
+    u_lr_ratio: PositiveFloat | None = None
+    """Learning rate of U over training.learning_rate, as in LoRA+ (arXiv 2402.12354); null is 4 where there is a U."""
 
     head_learning_rate: PositiveFloat | None = None
     """Learning rate of what is trained in full (adapter.modules_to_save): a classifier's head, for example."""

@@ -12,8 +12,8 @@ from scipy.stats import spearmanr
 from .reading import Cell, Reading
 from .statistics import Difference, corrected, paired
 
-DLOR = "dlor scaled"
-"""The default form."""
+DLOR = "dlor scaled U x4"
+"""The default form and the default rates of `dlor_peft.create_dlor_optimizer`."""
 
 SMALL = (1, 2)
 
