@@ -68,6 +68,16 @@ def test_a_part_is_added_to_those_that_are_there(run, tmp_path):
     assert captions.index("blindness.png") < captions.index("reconstruction.png")
 
 
+def test_the_captions_are_those_of_the_numbers_beside_them(paper):
+    folder = paper.ROOT / "recipes" / "paper"
+    parts = json.loads((folder / "numbers.json").read_text())
+    assert list(parts) == list(paper.PARTS)
+    assert paper.captions(parts) == (folder / "captions.md").read_text()
+    for letter, part in parts.items():
+        assert len(paper.PARTS[letter].draw(part["numbers"]).axes) >= 1
+        assert (folder / paper.file_name(letter)).stat().st_size > 5_000
+
+
 def test_an_unknown_part_is_refused(paper, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["paper.py", "--only", "a,z"])
     with pytest.raises(SystemExit):

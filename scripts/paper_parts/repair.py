@@ -52,7 +52,7 @@ def caption(numbers: dict[str, Any]) -> str:
         "**Measured.** The networks and the training of (b); alpha is one more number a layer (parameters without and "
         f"with: {sizes}). Error over variance, median [lowest, highest] of the seeds: {told}. With alpha trained the "
         f"median is {min(gains):.3g} to {max(gains):.3g} times below the floor of rank-1 networks. "
-        + figures.verdict(min(gains) > 2)
+        + figures.verdict(min(gains) > 2, " that it repairs the blindness")
         + f" Where alpha starts at 0, {blind} of {number} nets stay at the floor."
         + " A width that is fixed leaves an error; (e) has error against width."
     )
