@@ -188,7 +188,8 @@ class WatchSection(Section):
 
 class OptimizerSection(Section):
     """`dlor_peft.create_dlor_optimizer`: rates by role. The rate itself and the decay are training.learning_rate and
-    training.weight_decay; without this section the optimizer is the trainer's own."""
+    training.weight_decay; without this section the optimizer is the trainer's own, with one rate for all.
+    `optimizer: {}` is enough for U at its default ratio."""
 
     name: str | None = None
     """Class of torch.optim such as NAdam, or the dotted path of any optimizer; without it training.optim says."""
