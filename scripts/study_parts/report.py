@@ -10,8 +10,9 @@ from scipy import stats
 
 from .methods import PROBE, has_budget
 from .questions import answers, shown, with_lora
-from .reading import Cell, Reading, read
+from .reading import Reading, read
 from .results import Results
+from .schedule import Cell, missing
 from .times import read_times
 
 
@@ -53,13 +54,14 @@ def _of_task(reading: Reading, times: list[dict[str, Any]]) -> str:
             diverged = f", {number} diverged" if (number := reading.num_diverged(cell)) else ""
             base = [row["base_loss"] for row in reading.reported(cell).values() if row.get("base_loss")]
             time = of_times.get(method)
+            is_cut_off = bool(missing(Cell(reading.task, *cell), reading.rows, 0))
             fields = (
                 str(k or "-"),
                 method,
                 f"{reading.parameters[cell]:,}",
                 ", ".join(f"{number} x {r}" for r, number in reading.ranks.get(cell, {}).items()),
                 f"{best.lr:.2g}",
-                f"{best.value:.4f} ({best.num_seeds})",
+                f"{best.value:.4f} ({best.num_seeds}{', grid cut off' if is_cut_off else ''})",
                 f"{np.mean(values):.4f} ({len(values)}{diverged})" if values else "",
                 shown(found) if found else "",
                 f"{found.p:.3f}" if found else "",
@@ -124,7 +126,7 @@ def draw(readings: list[Reading], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _drawn(reading: Reading) -> list[Cell]:
+def _drawn(reading: Reading) -> list[tuple[str, int]]:
     """With seeds enough for an interval."""
     return [cell for cell, values in reading.test.items() if len(values) >= 3 and cell[0] != PROBE]
 
