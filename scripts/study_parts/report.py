@@ -120,7 +120,8 @@ def draw(readings: list[Reading], path: Path) -> None:
             xlabel="trained parameters beside the head, within 10%",
             title=f"{reading.task}: {reading.metric}",
         )
-        axes.margins(x=0.3)
+        low, high = axes.get_xlim()
+        axes.set_xlim(low / 2, high * 2)
     columns = 3 * len(readings)
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize=8)
     figure.savefig(path, dpi=110)
