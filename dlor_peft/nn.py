@@ -223,10 +223,11 @@ def replace_linear_layers(
             f"dlor_peft.nn: exclude names no linear layer: {', '.join(map(repr, unmatched))}. The model has "
             f"{', '.join(list(layers)[:8]) or 'none'}{', ...' if len(layers) > 8 else ''}."
         )
-    replaced = [name for name in layers if not any(name in names for names in kept.values())]
+    spared = {name for names in kept.values() for name in names}
+    replaced = [name for name in layers if name not in spared]
     if not replaced:
         raise ValueError("dlor_peft.nn: the model has no linear layer to replace.")
-    if dense := [name for name in stacked if not any(name in names for names in kept.values())]:
+    if dense := [name for name in stacked if name not in spared]:
         raise ValueError(
             f"dlor_peft.nn: {dense[0]} stacks the weights of several projections, which are no linear layers. Keep it "
             f"with exclude={list(dict.fromkeys(name.rpartition('.')[2] for name in dense))}."

@@ -163,6 +163,7 @@ def possible_cells(arguments: argparse.Namespace) -> list[Any]:
 
 def run_missing(arguments: argparse.Namespace) -> bool:
     """Whether every run that was started came to its end."""
+    from study_parts.reading import Reading, read
     from study_parts.results import Results, Run
     from study_parts.schedule import missing
 
@@ -175,8 +176,9 @@ def run_missing(arguments: argparse.Namespace) -> bool:
     failed: set[Run] = set()
 
     def next_runs() -> Iterator[Run]:
+        readings = read(results.rows)
         for cell in plan:
-            for run in missing(cell, results.rows, arguments.seeds):
+            for run in missing(cell, readings.get(cell.task) or Reading(cell.task, {}), arguments.seeds):
                 if run not in pending.values() and run not in failed:
                     yield run
 

@@ -67,7 +67,7 @@ def scored(first, again=None, num_seeds=3):
     """All runs of a cell in their order, exponent and seed, where a rule gives the dev metric of an exponent."""
     exponents = {rate(e): e for e in range(LIMITS[0], LIMITS[1] + 1)}
     rows, order = {}, []
-    while runs := missing(CELL, rows, num_seeds):
+    while runs := missing(CELL, Reading("task", rows), num_seeds):
         for run in runs:
             exponent = exponents[run.lr]
             value = (first if run.seed in (*SEEDS, SELECTION_SEEDS[0]) else again or first)(exponent)

@@ -54,7 +54,7 @@ def _of_task(reading: Reading, times: list[dict[str, Any]]) -> str:
             diverged = f", {number} diverged" if (number := reading.num_diverged(cell)) else ""
             base = [row["base_loss"] for row in reading.reported(cell).values() if row.get("base_loss")]
             time = of_times.get(method)
-            is_cut_off = bool(missing(Cell(reading.task, *cell), reading.rows, 0))
+            is_cut_off = bool(missing(Cell(reading.task, *cell), reading, 0))
             fields = (
                 str(k or "-"),
                 method,

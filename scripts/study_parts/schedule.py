@@ -66,12 +66,12 @@ def of_another_setting(
     )
 
 
-def missing(cell: Cell, rows: Mapping[Run, dict[str, Any]], num_seeds: int) -> list[Run]:
-    """The next runs that can go side by side; without seeds to report, the grid alone."""
+def missing(cell: Cell, reading: Reading, num_seeds: int) -> list[Run]:
+    """The next runs of a cell of its task that can go side by side; without seeds to report, the grid alone."""
+    rows = reading.rows
     if cell.method == PROBE:
         return _lacking(cell, rows, (0.0,), SEEDS[:num_seeds])
-    reading = Reading(cell.task, {run: row for run, row in rows.items() if run.task == cell.task})
-    grid = _missing_of_grid(cell, rows, reading)
+    grid = _missing_of_grid(cell, reading)
     if grid or not num_seeds:
         return grid
     again = _lacking(cell, rows, reading.finalists((cell.method, cell.k)), SELECTION_SEEDS[1:])
@@ -87,11 +87,11 @@ def _lacking(
     return [run for lr in rates for seed in seeds if (run := cell.run(lr, seed)) not in rows]
 
 
-def _missing_of_grid(cell: Cell, rows: Mapping[Run, dict[str, Any]], reading: Reading) -> list[Run]:
+def _missing_of_grid(cell: Cell, reading: Reading) -> list[Run]:
     low, high = GRID[0], GRID[-1]
     while True:
         rates = [rate(exponent) for exponent in range(low, high + 1)]
-        if lacking := _lacking(cell, rows, rates, SELECTION_SEEDS[:1]):
+        if lacking := _lacking(cell, reading.rows, rates, SELECTION_SEEDS[:1]):
             return lacking
         best = reading.best((cell.method, cell.k))
         if (best is None or best.lr <= rates[0]) and low > LIMITS[0]:
