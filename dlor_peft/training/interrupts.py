@@ -20,10 +20,6 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 
-class StoppedError(KeyboardInterrupt):
-    """Training was stopped from outside after a step, and a checkpoint was saved."""
-
-
 class Interrupts(TrainerCallback):
     """All processes stop after the same step, whichever of them got the signal."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import time
 import warnings
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+
+from .signals import StoppedError
 
 LOST = 75
 """Exit code of a process whose peers have gone."""
@@ -43,6 +46,10 @@ def run_one(function: Callable[[], int], report: Callable[[BaseException], int])
     _silence_others()
     try:
         code = function()
+    except StoppedError as error:
+        # all are here, as at the end: they part in order, since a thread of their group that is left aborts the exit
+        code = report(error) if is_main() else 128 + signal.SIGINT
+        wait_for_all()
     except BaseException as error:
         if is_lost_connection(error):
             if is_main():

@@ -31,7 +31,6 @@ from .configs import build_adapter_config, build_training_arguments
 from .environment import write_environment
 from .folder import RunFolder, atomic
 from .hub_access import push_adapter
-from .interrupts import StoppedError
 from .load import save_base
 from .optimiser import check_optimiser, start_from_data
 from .processes import decided_by_main, holds_weights, is_main, main_first, wait_for_all
@@ -46,6 +45,7 @@ from .report import (
 from .rows import check_lengths
 from .schema import Recipe
 from .sharding import join_embeddings, shard_on_cpu
+from .signals import StoppedError
 from .states import check_states
 from .tasks import Task, task_class
 from .updates import save_updates

@@ -8,6 +8,10 @@ from contextlib import contextmanager
 from types import FrameType
 
 
+class StoppedError(KeyboardInterrupt):
+    """Training was stopped from outside after a step, and a checkpoint was saved: by all processes of the run."""
+
+
 @contextmanager
 def stop_signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """While the block runs, `handler` gets SIGINT and SIGTERM."""

@@ -132,4 +132,6 @@ def test_the_head_learns_at_its_own_rate(write_recipe):
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert len(rates) == len(trainable)
     for name, parameter in trainable.items():
-        assert rates[id(parameter)] == (0.5 if "classifier" in name else 1e-3)
+        role = "classifier" if "classifier" in name else name.split(".dlor_")[1][0]
+        # U learns at 4 times the rate
+        assert rates[id(parameter)] == {"classifier": 0.5, "U": 4e-3}.get(role, 1e-3)
