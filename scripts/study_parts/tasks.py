@@ -24,8 +24,8 @@ def tasks(sources: Sources) -> dict[str, Task]:
     # not babyllama-char105, whose letters have no newline
     for model in ("stories260K", "TinyStories-656K"):
         found[f"shakespeare {model}"] = Text(sources, 152, model, "tinyshakespeare")
-    found["e2e stories260K"] = Completion(sources, 300, "stories260K", "e2e_nlg")
-    found["scan stories260K"] = Scan(sources, 1500, "stories260K", "scan")
+        found[f"e2e {model}"] = Completion(sources, 300, model, "e2e_nlg")
+        found[f"scan {model}"] = Scan(sources, 1500, model, "scan")
     for folder in sorted(sources.pretrained.iterdir()) if sources.pretrained else ():
         found[f"shakespeare {folder.name}"] = Text(sources, 400, folder.name, "tinyshakespeare", (BASE, "test"))
         found[f"e2e {folder.name}"] = Completion(sources, 600, folder.name, "e2e_nlg")
