@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from .reading import Cell, Reading
+from .reading import Arm, Reading
 from .statistics import Difference, corrected, paired
 
 DLOR = "dlor scaled U x4"
@@ -33,7 +33,7 @@ def answers(readings: Iterable[Reading], times: list[dict[str, Any]]) -> list[st
     return [table for table in tables if table]
 
 
-def compare(reading: Reading, one: Cell, other: Cell) -> Difference | None:
+def compare(reading: Reading, one: Arm, other: Arm) -> Difference | None:
     """Test, seed by seed, of the same seeds; None of fewer than three, or where a seed of either diverged."""
     values, others = reading.test.get(one, {}), reading.test.get(other, {})
     seeds = sorted(set(values) & set(others))
@@ -42,11 +42,11 @@ def compare(reading: Reading, one: Cell, other: Cell) -> Difference | None:
     return paired([values[s] for s in seeds], [others[s] for s in seeds], reading.margin)
 
 
-def with_lora(reading: Reading, k: int) -> dict[Cell, Difference]:
-    """Of every cell of a budget less LoRA, one family of tests; what has no budget (0) less the largest LoRA."""
-    cells = [cell for cell in reading.test if cell[1] == k]
-    found = {cell: compare(reading, cell, ("lora", k or 8)) for cell in cells}
-    return corrected({cell: difference for cell, difference in found.items() if difference})
+def with_lora(reading: Reading, k: int) -> dict[Arm, Difference]:
+    """Of every arm of a budget less LoRA, one family of tests; what has no budget (0) less the largest LoRA."""
+    arms = [arm for arm in reading.test if arm[1] == k]
+    found = {arm: compare(reading, arm, ("lora", k or 8)) for arm in arms}
+    return corrected({arm: difference for arm, difference in found.items() if difference})
 
 
 def shown(found: Difference) -> str:
@@ -79,11 +79,11 @@ def _small_budgets(readings: list[Reading]) -> str:
 def _forgetting(readings: list[Reading]) -> str:
     found = {}
     for reading in readings:
-        for cell in reading.test:
-            pairs = _at_equal_loss(reading, cell, ("lora", cell[1] or 8))
-            if len(pairs) >= 3 and cell[0] != "lora":
+        for arm in reading.test:
+            pairs = _at_equal_loss(reading, arm, ("lora", arm[1] or 8))
+            if len(pairs) >= 3 and arm[0] != "lora":
                 own, lora = zip(*pairs, strict=True)
-                found[reading.task, cell] = (own, lora, paired(own, lora, margin=reading.margin))
+                found[reading.task, arm] = (own, lora, paired(own, lora, margin=reading.margin))
     differences = corrected({key: difference for key, (_, _, difference) in found.items()})
     lines = [
         f"| {task} | {k or '-'} | {method} | {np.mean(own):.3f} | {np.mean(lora):.3f} "
@@ -100,10 +100,10 @@ def _forgetting(readings: list[Reading]) -> str:
     )
 
 
-def _at_equal_loss(reading: Reading, cell: Cell, other: Cell) -> list[tuple[float, float]]:
+def _at_equal_loss(reading: Reading, arm: Arm, other: Arm) -> list[tuple[float, float]]:
     paths, others = (
-        {seed: _path(reading, row) for seed, row in reading.reported(of_cell).items() if "path" in row}
-        for of_cell in (cell, other)
+        {seed: _path(reading, row) for seed, row in reading.reported(of_arm).items() if "path" in row}
+        for of_arm in (arm, other)
     )
     pairs = []
     for seed in sorted(set(paths) & set(others)):
@@ -132,7 +132,7 @@ def _robustness(readings: list[Reading]) -> str:
     lines = []
     for reading in readings:
         budgets = sorted({k for _, k in reading.dev if k > 0})
-        series: dict[str, dict[int, Cell]] = {
+        series: dict[str, dict[int, Arm]] = {
             f"{method} | k": {k: (method, k) for k in budgets}
             for method in sorted({method for method, _ in reading.dev})
         }
@@ -140,8 +140,8 @@ def _robustness(readings: list[Reading]) -> str:
             f"dlor multiplicative, k {k} | depth": {depth: (method, k) for depth, method in DEPTHS.items()}
             for k in budgets
         }
-        for name, cells in series.items():
-            values = {at: first for at, cell in cells.items() if (first := reading.first(cell))}
+        for name, arms in series.items():
+            values = {at: first for at, arm in arms.items() if (first := reading.first(arm))}
             if len(values) < 2:
                 continue
             best = {at: next(iter(first)) for at, first in values.items()}

@@ -1,4 +1,4 @@
-"""What the rows of one task say: of each cell (method, budget), its best learning rate, its values, its size."""
+"""What the rows of one task say: of each arm (method, budget), its best learning rate, its values, its size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HEADLINES = {"accuracy": True, "spearman": True, "exact_match": True, "bits_per_
 MARGINS = {"accuracy": 0.01, "spearman": 0.01, "exact_match": 0.01, "bits_per_byte": 0.02}
 """What would not matter to a user."""
 
-Cell = tuple[str, int]
+Arm = tuple[str, int]
 """Method and budget k."""
 
 
@@ -52,61 +52,61 @@ class Reading:
         return MARGINS[self.metric]
 
     @cached_property
-    def dev(self) -> dict[Cell, dict[float, dict[int, float]]]:
+    def dev(self) -> dict[Arm, dict[float, dict[int, float]]]:
         """The value on dev at each learning rate, ascending, of each selection seed; nan of what diverged."""
-        found: dict[Cell, dict[float, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+        found: dict[Arm, dict[float, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
         for run in sorted(self.rows):
             if run.seed in SELECTION_SEEDS:
                 row = self.rows[run]
                 found[run.method, run.k][run.lr][run.seed] = nan if "diverged" in row else row["dev"][self.metric]
         return dict(found)
 
-    def first(self, cell: Cell) -> dict[float, float]:
+    def first(self, arm: Arm) -> dict[float, float]:
         """The value on dev of the first seed, by learning rate, best first, of equal ones the smaller rate."""
-        values = {lr: of_rate[SELECTION_SEEDS[0]] for lr, of_rate in self.dev.get(cell, {}).items()}
+        values = {lr: of_rate[SELECTION_SEEDS[0]] for lr, of_rate in self.dev.get(arm, {}).items()}
         finite = [(lr, value) for lr, value in values.items() if not isnan(value)]
         return dict(sorted(finite, key=lambda item: (-self.sign * item[1], item[0])))
 
-    def finalists(self, cell: Cell) -> list[float]:
+    def finalists(self, arm: Arm) -> list[float]:
         """The two learning rates that the further seeds decide between."""
-        return list(self.first(cell))[:2]
+        return list(self.first(arm))[:2]
 
-    def best(self, cell: Cell) -> Choice | None:
+    def best(self, arm: Arm) -> Choice | None:
         """The finalist with the best mean; the first of them while seeds are missing; None where all diverged."""
-        values = {lr: list(self.dev[cell][lr].values()) for lr in self.finalists(cell)}
+        values = {lr: list(self.dev[arm][lr].values()) for lr in self.finalists(arm)}
         if any(len(of_rate) < len(SELECTION_SEEDS) for of_rate in values.values()):
-            values = {lr: [value] for lr, value in self.first(cell).items()}
+            values = {lr: [value] for lr, value in self.first(arm).items()}
         choices = [Choice(lr, sum(of_rate) / len(of_rate), len(of_rate)) for lr, of_rate in values.items()]
         finite = [choice for choice in choices if not isnan(choice.value)]
         return max(finite, key=lambda choice: (self.sign * choice.value, -choice.lr)) if finite else None
 
-    def reported(self, cell: Cell) -> dict[int, dict[str, Any]]:
+    def reported(self, arm: Arm) -> dict[int, dict[str, Any]]:
         """The row of each fresh seed, on test, at the learning rate that dev chose; with those that diverged."""
-        best = self.best(cell)
-        fresh = [run for run in sorted(self.rows) if (run.method, run.k) == cell and run.seed not in SELECTION_SEEDS]
+        best = self.best(arm)
+        fresh = [run for run in sorted(self.rows) if (run.method, run.k) == arm and run.seed not in SELECTION_SEEDS]
         return {run.seed: self.rows[run] for run in fresh if best is None or run.lr == best.lr}
 
-    def num_diverged(self, cell: Cell) -> int:
+    def num_diverged(self, arm: Arm) -> int:
         """Of the fresh seeds."""
-        return sum("diverged" in row for row in self.reported(cell).values())
+        return sum("diverged" in row for row in self.reported(arm).values())
 
     @cached_property
-    def test(self) -> dict[Cell, dict[int, float]]:
+    def test(self) -> dict[Arm, dict[int, float]]:
         """The value on test of each fresh seed."""
         found = {}
-        for cell in dict.fromkeys((run.method, run.k) for run in sorted(self.rows)):
-            rows = self.reported(cell)
+        for arm in dict.fromkeys((run.method, run.k) for run in sorted(self.rows)):
+            rows = self.reported(arm)
             if values := {seed: row["test"][self.metric] for seed, row in rows.items() if "test" in row}:
-                found[cell] = values
+                found[arm] = values
         return found
 
     @cached_property
-    def parameters(self) -> dict[Cell, int]:
+    def parameters(self) -> dict[Arm, int]:
         """Trained ones beside the head."""
         return {(run.method, run.k): row["parameters"] for run, row in self.rows.items() if "parameters" in row}
 
     @cached_property
-    def ranks(self) -> dict[Cell, dict[str, int]]:
+    def ranks(self) -> dict[Arm, dict[str, int]]:
         """Rank -> how many layers have it."""
         return {(run.method, run.k): row["ranks"] for run, row in self.rows.items() if "ranks" in row}
 

@@ -1,4 +1,4 @@
-"""Tables and figures of the rows that are there; of a cell without reported seeds, what dev says."""
+"""Tables and figures of the rows that are there; of an arm without reported seeds, what dev says."""
 
 from __future__ import annotations
 
@@ -43,23 +43,23 @@ def _of_task(reading: Reading, times: list[dict[str, Any]]) -> str:
         "| p (Holm) | equivalent | base | step | kept |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    chosen = {cell: best for cell in reading.dev if (best := reading.best(cell))}
+    chosen = {arm: best for arm in reading.dev if (best := reading.best(arm))}
     for k in sorted({k for _, k in chosen}):
-        cells = sorted((cell for cell in chosen if cell[1] == k), key=lambda cell: -reading.sign * chosen[cell].value)
+        arms = sorted((arm for arm in chosen if arm[1] == k), key=lambda arm: -reading.sign * chosen[arm].value)
         compared = with_lora(reading, k)
         of_times = next((one["methods"] for one in times if (one["task"], one["k"]) == (reading.task, k or 8)), {})
-        for cell in cells:
-            method, found, best = cell[0], compared.get(cell), chosen[cell]
-            values = list(reading.test.get(cell, {}).values())
-            diverged = f", {number} diverged" if (number := reading.num_diverged(cell)) else ""
-            base = [row["base_loss"] for row in reading.reported(cell).values() if row.get("base_loss")]
+        for arm in arms:
+            method, found, best = arm[0], compared.get(arm), chosen[arm]
+            values = list(reading.test.get(arm, {}).values())
+            diverged = f", {number} diverged" if (number := reading.num_diverged(arm)) else ""
+            base = [row["base_loss"] for row in reading.reported(arm).values() if row.get("base_loss")]
             time = of_times.get(method)
-            is_cut_off = bool(missing(Cell(reading.task, *cell), reading, 0))
+            is_cut_off = bool(missing(Cell(reading.task, *arm), reading, 0))
             fields = (
                 str(k or "-"),
                 method,
-                f"{reading.parameters[cell]:,}",
-                ", ".join(f"{number} x {r}" for r, number in reading.ranks.get(cell, {}).items()),
+                f"{reading.parameters[arm]:,}",
+                ", ".join(f"{number} x {r}" for r, number in reading.ranks.get(arm, {}).items()),
                 f"{best.lr:.2g}",
                 f"{best.value:.4f} ({best.num_seeds}{', grid cut off' if is_cut_off else ''})",
                 f"{np.mean(values):.4f} ({len(values)}{diverged})" if values else "",
@@ -78,10 +78,10 @@ def _grid(reading: Reading) -> list[str]:
     """Every learning rate that was tried, with the first seed on dev."""
     rates = sorted({lr for of_cell in reading.dev.values() for lr in of_cell})
     lines = [f"| k | method | {' | '.join(f'{lr:.2g}' for lr in rates)} |", "|" + "---|" * (2 + len(rates))]
-    for cell in sorted(reading.dev, key=lambda cell: (cell[1], cell[0])):
-        first = reading.first(cell)
-        fields = [f"{first[lr]:.4f}" if lr in first else "diverged" if lr in reading.dev[cell] else "" for lr in rates]
-        lines.append(f"| {cell[1] or '-'} | {cell[0]} | {' | '.join(fields)} |")
+    for arm in sorted(reading.dev, key=lambda arm: (arm[1], arm[0])):
+        first = reading.first(arm)
+        fields = [f"{first[lr]:.4f}" if lr in first else "diverged" if lr in reading.dev[arm] else "" for lr in rates]
+        lines.append(f"| {arm[1] or '-'} | {arm[0]} | {' | '.join(fields)} |")
     return lines
 
 
@@ -100,13 +100,13 @@ def draw(readings: list[Reading], path: Path) -> None:
     handles = {}
     for axes, reading in zip(figure.subplots(1, len(readings), squeeze=False)[0], readings, strict=True):
         for index, method in enumerate(methods):
-            cells = sorted((cell for cell in _drawn(reading) if cell[0] == method), key=lambda cell: cell[1])
-            if not cells:
+            arms = sorted((arm for arm in _drawn(reading) if arm[0] == method), key=lambda arm: arm[1])
+            if not arms:
                 continue
-            means, widths = zip(*(_interval(list(reading.test[cell].values())) for cell in cells), strict=True)
+            means, widths = zip(*(_interval(list(reading.test[arm].values())) for arm in arms), strict=True)
             is_ours = method.startswith("dlor")
             handles[method] = axes.errorbar(
-                [reading.parameters[cell] * (0.9 + 0.2 * index / max(1, len(methods) - 1)) for cell in cells],
+                [reading.parameters[arm] * (0.9 + 0.2 * index / max(1, len(methods) - 1)) for arm in arms],
                 means,
                 yerr=widths,
                 color=f"C{index % 10}",
@@ -129,7 +129,7 @@ def draw(readings: list[Reading], path: Path) -> None:
 
 def _drawn(reading: Reading) -> list[tuple[str, int]]:
     """With seeds enough for an interval."""
-    return [cell for cell, values in reading.test.items() if len(values) >= 3 and cell[0] != PROBE]
+    return [arm for arm, values in reading.test.items() if len(values) >= 3 and arm[0] != PROBE]
 
 
 def _interval(values: list[float]) -> tuple[float, float]:
