@@ -7,9 +7,10 @@ import re
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -41,27 +42,43 @@ def is_main() -> bool:
 def run_one(function: Callable[[], int], report: Callable[[BaseException], int]) -> int:
     """The exit code of this process, one of several. Of an error that all have, the main process tells.
 
-    A process that fails ends; the launcher then ends the others, wherever they wait for it.
+    A process that fails ends here, without a return; the launcher then ends the others, wherever they wait for it.
     """
     _silence_others()
     try:
         code = function()
     except StoppedError as error:
-        # all are here, as at the end: they part in order, since a thread of their group that is left aborts the exit
+        # all processes are here, as at the end
         code = report(error) if is_main() else 128 + signal.SIGINT
         wait_for_all()
     except BaseException as error:
-        if is_lost_connection(error):
-            if is_main():
-                print(f"dlor: the processes lost each other: {' '.join(str(error).split())}", file=sys.stderr)
-            return LOST
-        if not is_main():
-            # the main process mostly fails with the same, and the launcher ends this one while it waits
-            time.sleep(PATIENCE if os.environ["LOCAL_RANK"] == "0" else 2 * PATIENCE)
-        return report(error)
+        _end(_reported(error, report))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return code
+
+
+def _reported(error: BaseException, report: Callable[[BaseException], int]) -> int:
+    if is_lost_connection(error):
+        if is_main():
+            print(f"dlor: the processes lost each other: {' '.join(str(error).split())}", file=sys.stderr)
+        return LOST
+    if not is_main():
+        # the main process mostly fails with the same, and the launcher ends this one while it waits
+        time.sleep(PATIENCE if os.environ["LOCAL_RANK"] == "0" else 2 * PATIENCE)
+    try:
+        return report(error)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+
+
+def _end(code: int) -> NoReturn:
+    """At once. To destroy the group could wait for processes that wait for this one; with the group, the threads of
+    gloo abort the interpreter's own end."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def _silence_others() -> None:

@@ -24,6 +24,7 @@ def tasks(sources: Sources) -> dict[str, Task]:
     # not babyllama-char105, whose letters have no newline
     for model in ("stories260K", "TinyStories-656K"):
         found[f"shakespeare {model}"] = Text(sources, 152, model, "tinyshakespeare")
+        found[f"shakespeare {model} 456 steps"] = Text(sources, 456, model, "tinyshakespeare")
         found[f"e2e {model}"] = Completion(sources, 300, model, "e2e_nlg")
         found[f"scan {model}"] = Scan(sources, 1500, model, "scan")
     for folder in sorted(sources.pretrained.iterdir()) if sources.pretrained else ():
