@@ -7,7 +7,6 @@ import re
 import signal
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
@@ -68,8 +67,9 @@ def _reported(error: BaseException, report: Callable[[BaseException], int]) -> i
         time.sleep(PATIENCE if os.environ["LOCAL_RANK"] == "0" else 2 * PATIENCE)
     try:
         return report(error)
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as unexpected:
+        # torch's says which process
+        sys.excepthook(type(unexpected), unexpected, unexpected.__traceback__)
         return 1
 
 
