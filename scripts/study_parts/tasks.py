@@ -17,7 +17,7 @@ def tasks(sources: Sources) -> dict[str, Task]:
     found: dict[str, Task] = {}
     for data in ("banking77", "clinc150", "snips"):
         found[f"{data} 10 a class"] = Classification(sources, 200, data, 10)
-        found[f"{data} 50 a class"] = Classification(sources, 400, data, 50)
+        found[f"{data} 50 a class"] = Classification(sources, 300, data, 50)
         found[data] = Classification(sources, 300, data, None)
     found["stsb 500 pairs"] = Similarity(sources, 120, 500)
     found["stsb"] = Similarity(sources, 360, None)
