@@ -30,6 +30,7 @@ from typing import Any
 CORE_METHODS = (
     "lora",
     "dlor scaled",
+    "dlor scaled U x4",
     "dlor scaled both",
     "dora",
     "dlor additive",
