@@ -92,13 +92,18 @@ def draw(readings: list[Reading], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    readings = [reading for reading in readings if len({method for method, _ in _drawn(reading)}) > 2]
+    readings = [reading for reading in readings if len({method for method, _ in _drawn(reading)}) > 1]
     if not readings:
         return
     methods = list(dict.fromkeys(method for reading in readings for method, _ in _drawn(reading)))
-    figure = Figure(figsize=(4.8 * len(readings), 4.9), layout="constrained")
+    columns = min(3, len(readings))
+    lines = -(-len(readings) // columns)
+    figure = Figure(figsize=(4.8 * columns, 0.6 + 3.6 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes in grid[len(readings) :]:
+        axes.set_axis_off()
     handles = {}
-    for axes, reading in zip(figure.subplots(1, len(readings), squeeze=False)[0], readings, strict=True):
+    for axes, reading in zip(grid, readings, strict=False):
         for index, method in enumerate(methods):
             arms = sorted((arm for arm in _drawn(reading) if arm[0] == method), key=lambda arm: arm[1])
             if not arms:
@@ -122,8 +127,7 @@ def draw(readings: list[Reading], path: Path) -> None:
         )
         low, high = axes.get_xlim()
         axes.set_xlim(low / 2, high * 2)
-    columns = 3 * len(readings)
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize=8)
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=2 * columns, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
