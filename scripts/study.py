@@ -65,7 +65,11 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", default=CORE_METHODS)
     parser.add_argument("--budgets", nargs="+", type=int, default=(1, 2, 4, 8))
     parser.add_argument("--seeds", type=int, default=5, help="how many are run on test; with 0 the grid alone")
-    parser.add_argument("--times", action="store_true", help="time a step of each method, in turn; run nothing else")
+    parser.add_argument(
+        "--times",
+        action="store_true",
+        help="time a step of each method, in turn, in the place of what was timed; run nothing else",
+    )
     parser.add_argument("--report", action="store_true", help="run nothing")
     arguments = parser.parse_args()
     if arguments.report:

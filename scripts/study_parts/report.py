@@ -10,7 +10,7 @@ from scipy import stats
 
 from .methods import PROBE, has_budget
 from .questions import answers, shown, with_lora
-from .reading import Reading, read
+from .reading import Arm, Reading, read
 from .results import Results
 from .schedule import Cell, missing
 from .times import read_times
@@ -76,7 +76,7 @@ def _of_task(reading: Reading, times: list[dict[str, Any]]) -> str:
 
 def _grid(reading: Reading) -> list[str]:
     """Every learning rate that was tried, with the first seed on dev."""
-    rates = sorted({lr for of_cell in reading.dev.values() for lr in of_cell})
+    rates = sorted({lr for of_arm in reading.dev.values() for lr in of_arm})
     lines = [f"| k | method | {' | '.join(f'{lr:.2g}' for lr in rates)} |", "|" + "---|" * (2 + len(rates))]
     for arm in sorted(reading.dev, key=lambda arm: (arm[1], arm[0])):
         first = reading.first(arm)
@@ -131,7 +131,7 @@ def draw(readings: list[Reading], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _drawn(reading: Reading) -> list[tuple[str, int]]:
+def _drawn(reading: Reading) -> list[Arm]:
     """With seeds enough for an interval."""
     return [arm for arm, values in reading.test.items() if len(values) >= 3 and arm[0] != PROBE]
 
