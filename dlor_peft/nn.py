@@ -19,6 +19,7 @@ from typing import Self
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
@@ -28,6 +29,8 @@ from .maths import collapse, materialise
 from .reconstruct import factorise_product
 
 DIAGONALS = ("vector", "scalar", "none")
+WRITTEN_EXACTLY = {torch.float64: 1e-10, torch.float32: 1e-5}
+"""dtype -> the relative error from which on factors are not those of a weight."""
 
 
 class DLoRLinear(nn.Module):
@@ -114,8 +117,10 @@ class DLoRLinear(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            raise TypeError(f"dlor_peft.nn: DLoRLinear takes floating-point numbers, not {x.dtype}: convert them.")
         device = x.device.type
-        if is_autocast(device):
+        if is_autocast(device) and x.dtype is not torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
         if self.in_features < self.out_features:
             wide = F.pad(x, (0, self.out_features - self.in_features))
@@ -156,16 +161,29 @@ class DLoRLinear(nn.Module):
         structure has the full rank, and the factors then more parameters than it: this is a start, not a compression.
         The rank is that of the singular values above n eps (float64) or 4 eps (float32) of the largest.
 
+        c is where alpha starts: with 1 few factors give I plus a low rank, and with the size of W, where that is far
+        from 1, the error is small.
+
         Raises:
-            TypeError: W is neither float64 nor float32, whose factors would be rounded too far to give W.
+            TypeError: `linear` is no nn.Linear, or W neither float64 nor float32, whose factors would be rounded too
+                far to give W.
+            ValueError: W is on the meta device or not finite; or its factors, once rounded, differ from it by more
+                than 1e-5 (float32) or 1e-10 (float64) of its norm, since c is far from its size.
             ValueError, ImportError: as of `factorise_product`.
         """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(
+                f"dlor_peft.nn: from_dense takes an nn.Linear, not {type(linear).__name__}. Copy its weight (O, I) "
+                "and bias into one; that of Conv1D is (I, O)."
+            )
         W = linear.weight.detach()
-        if W.dtype not in (torch.float64, torch.float32):
+        if W.dtype not in WRITTEN_EXACTLY:
             raise TypeError(
                 f"dlor_peft.nn: from_dense takes a layer in float64 or float32, not {W.dtype}: convert it, and "
                 "the new layer back where its rounded factors are good enough."
             )
+        if W.is_meta:
+            raise ValueError("dlor_peft.nn: from_dense needs the weight's values, and it is on the meta device.")
         O, I = W.shape
         n = max(I, O)
         square = c * torch.eye(n, dtype=torch.float64)
@@ -188,6 +206,14 @@ class DLoRLinear(nn.Module):
             if layer.bias is not None:
                 assert linear.bias is not None
                 layer.bias.copy_(linear.bias)
+            norm = W.norm().item()
+            error = (layer.to_dense() - W).norm().item() / (norm or abs(c))
+        if not error <= WRITTEN_EXACTLY[W.dtype]:
+            raise ValueError(
+                f"dlor_peft.nn: from_dense with c = {c} gives the weight to a relative error of {error:.1e} only, "
+                f"since c is far from its size: give c that of its singular values, here up to "
+                f"{torch.linalg.matrix_norm(W, 2).item():.2g}, scale the weight towards 1, or take float64."
+            )
         return layer
 
     def extra_repr(self) -> str:
@@ -207,15 +233,25 @@ def replace_linear_layers(
     """Put a new DLoRLinear in the place of every linear layer of `model`; their names.
 
     The model then has no dense projection, and is trained from scratch: what the layers had learned is gone. Layers
-    whose name, or its last parts, is in `exclude` stay. Experts whose weights are stacked in one tensor, which are no
-    layers, have to be named there too. It is saved and loaded as any model whose code makes the same
-    replacement before it loads the safetensors file.
+    whose name, or its last parts, is in `exclude` stay. Weights that stack several projections and are no layers, as
+    those of experts, of nn.MultiheadAttention and of nn.LSTM, have to be named there too. A layer that stands in
+    several places is replaced by one layer in all of them, or stays in all. The model is saved and loaded as any whose
+    code makes the same replacement before it loads the safetensors file.
 
     Raises:
-        ValueError: a layer shares its weight with another module, or is of a kind that may be used without being
-            called; weights are stacked; a name of `exclude` or the whole model matches nothing.
+        TypeError: `exclude` is a string.
+        ValueError: the model is a linear layer itself, or has adapters; a layer shares its weight or bias with another
+            module, computes its weight from other parameters, or is of a kind that may be used without being called;
+            weights are stacked; a name of `exclude` or the whole model matches nothing. The model is as it was then.
     """
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, Conv1D))}
+    if isinstance(exclude, str):
+        raise TypeError(f"dlor_peft.nn: exclude is the string {exclude!r}; give a list, exclude=[{exclude!r}].")
+    places = dict(model.named_modules(remove_duplicate=False))
+    if adapted := [name for name, module in places.items() if isinstance(module, BaseTunerLayer)]:
+        raise ValueError(f"dlor_peft.nn: {adapted[0]} has an adapter: replace the layers before there is one.")
+    layers = {name: layer for name, layer in places.items() if isinstance(layer, (nn.Linear, Conv1D))}
+    if "" in layers:
+        raise ValueError("dlor_peft.nn: the model is a linear layer itself; make a DLoRLinear in its place.")
     stacked = [name for name, p in model.named_parameters() if _is_stacked(model, name, p)]
     kept = {word: [name for name in (*layers, *stacked) if f".{name}".endswith(f".{word}")] for word in exclude}
     if unmatched := [word for word, names in kept.items() if not names]:
@@ -224,7 +260,8 @@ def replace_linear_layers(
             f"{', '.join(list(layers)[:8]) or 'none'}{', ...' if len(layers) > 8 else ''}."
         )
     spared = {name for names in kept.values() for name in names}
-    replaced = [name for name in layers if name not in spared]
+    spared_layers = {layers[name] for name in spared if name in layers}
+    replaced = {name: layer for name, layer in layers.items() if layer not in spared_layers}
     if not replaced:
         raise ValueError("dlor_peft.nn: the model has no linear layer to replace.")
     if dense := [name for name in stacked if name not in spared]:
@@ -236,30 +273,38 @@ def replace_linear_layers(
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners[parameter] = owners.get(parameter, 0) + 1
-    for name in replaced:
-        layer = layers[name]
+    new: dict[nn.Module, DLoRLinear] = {}
+    for name, layer in replaced.items():
         if type(layer) not in (nn.Linear, Conv1D):
             raise ValueError(
                 f"dlor_peft.nn: {name} is a {type(layer).__name__}, which may not be called as a layer is. Keep it "
                 "with exclude."
             )
-        if owners[layer.weight] > 1:
+        if layer.weight not in owners:
             raise ValueError(
-                f"dlor_peft.nn: {name} shares its weight with another module, as tied embeddings do. Keep it with "
-                "exclude, or build the model with tie_word_embeddings=False."
+                f"dlor_peft.nn: the weight of {name} is computed from other parameters, as by weight_norm or pruning. "
+                "Remove that, or keep the layer with exclude."
             )
-    for name in replaced:
-        layer = layers[name]
-        O, I = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.T.shape
-        device, dtype = layer.weight.device, layer.weight.dtype
-        new = DLoRLinear(I, O, r, depth, diagonal, layer.bias is not None, device, dtype)
-        model.set_submodule(name, new)
-    return replaced
+        if shared := [part for part in ("weight", "bias") if owners.get(getattr(layer, part), 0) > 1]:
+            raise ValueError(
+                f"dlor_peft.nn: {name} shares its {shared[0]} with another module, as tied embeddings do. Keep it "
+                "with exclude, or build the model with tie_word_embeddings=False."
+            )
+        if layer not in new:
+            O, I = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.T.shape
+            device, dtype = layer.weight.device, layer.weight.dtype
+            new[layer] = DLoRLinear(I, O, r, depth, diagonal, layer.bias is not None, device, dtype)
+    for name, layer in replaced.items():
+        model.set_submodule(name, new[layer])
+    return list(replaced)
 
 
 def _is_stacked(model: nn.Module, name: str, p: Tensor) -> bool:
-    """Whether it may be several projections in one: (experts, ., .), and no kernel of a convolution or our factors."""
+    """Whether it may be several projections in one."""
     owner = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(owner, (nn.MultiheadAttention, nn.RNNBase)):
+        return p.ndim == 2
+    # (experts, ., .), and no kernel of a convolution or our factors
     return p.ndim == 3 and len(p) > 1 and not isinstance(owner, (_ConvNd, DLoRLinear))
 
 
@@ -270,6 +315,8 @@ def _alpha(delta: Tensor | None, U: Tensor) -> Tensor:
 def _check(in_features: int, out_features: int, r: int, depth: int, diagonal: str) -> None:
     counts = {"in_features": in_features, "out_features": out_features, "r": r, "depth": depth}
     for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"dlor_peft.nn: {name} = {value!r}; it must be a whole number, at least 1.")
         if value < 1:
             raise ValueError(f"dlor_peft.nn: {name} = {value}; it must be at least 1.")
     if diagonal not in DIAGONALS:

@@ -39,6 +39,7 @@ def factorise_product(A: Tensor, r: int, c: float | None = None, tolerance: floa
             f"dlor_peft.reconstruct.factorise_product: A is {tuple(A.shape)}; pass a square one, or use factorise_sum"
         )
     c = 1.0 if c is None else float(c)
+    _require_finite("reconstruct.factorise_product", A, c)
     if c == 0:
         raise ValueError(
             "dlor_peft.reconstruct.factorise_product: c = 0 leaves low-rank factors alone, which lose rank; "
@@ -87,6 +88,7 @@ def factorise_sum(
     require_float("reconstruct.factorise_sum", A)
     _require_rank("reconstruct.factorise_sum", r, 1)
     c = 1.0 if c is None else float(c)
+    _require_finite("reconstruct.factorise_sum", A, c)
     left, sizes, right = torch.linalg.svd(A - c * _eye_like(A), full_matrices=False)
     m = _rank(sizes, abs(c), tolerance, A)
     root = sizes[:m].sqrt()
@@ -116,6 +118,13 @@ def _require_rank(name: str, r: int, least: int) -> None:
         raise ValueError(
             f"dlor_peft.{name}: r = {r}; r, the number of columns of U and of V, must be at least {least}"
         )
+
+
+def _require_finite(name: str, A: Tensor, c: float) -> None:
+    if not math.isfinite(c):
+        raise ValueError(f"dlor_peft.{name}: c = {c}; pass a finite number")
+    if not A.isfinite().all():
+        raise ValueError(f"dlor_peft.{name}: A has entries that are not finite; pass a matrix without inf and nan")
 
 
 def _import_schur():

@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_model, save_model
 from torch import nn
+from torch.nn.utils import prune
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -18,6 +20,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.pytorch_utils import Conv1D
 
 from dlor_peft.nn import DIAGONALS, DLoRLinear, replace_linear_layers
 
@@ -95,6 +98,20 @@ def test_other_dtypes_and_autocast(I, O, dtype, tolerance):
     assert (got - want).norm() <= 2e-2 * want.norm()
 
 
+def test_autocast_leaves_float64_alone():
+    torch.manual_seed(0)
+    layer = DLoRLinear(7, 9, 3, 2, dtype=torch.float64)
+    x = torch.randn(4, 7, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = layer(x)
+    torch.testing.assert_close(got, reference(layer, x))
+
+
+def test_integers_are_no_features():
+    with pytest.raises(TypeError, match=r"floating-point numbers, not torch\.int64"):
+        DLoRLinear(4, 4, 2)(torch.ones(1, 4, dtype=torch.long))
+
+
 @pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("diagonal", ["vector", "scalar"])
 @pytest.mark.parametrize(("I", "O", "r"), [(256, 256, 1), (256, 256, 8), (96, 256, 4), (256, 96, 4)])
@@ -165,6 +182,55 @@ def test_a_layer_in_half_precision_is_not_factorised(dtype):
         DLoRLinear.from_dense(nn.Linear(256, 256, dtype=dtype), 8)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "std", "c"), [(torch.float32, 1e3, 2e4), (torch.float64, 1e8, 2e9), (torch.float64, 1e-8, 2e-7)]
+)
+def test_a_c_of_the_size_of_the_weight_gives_it_exactly(dtype, std, c):
+    pytest.importorskip("scipy")
+    torch.manual_seed(0)
+    dense = nn.Linear(128, 128, dtype=dtype)
+    nn.init.normal_(dense.weight, 0, std)
+    layer = DLoRLinear.from_dense(dense, 8, c)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-9
+    assert (layer.to_dense() - dense.weight).norm() <= tolerance * dense.weight.norm()
+
+
+@pytest.mark.parametrize("std", [1e-5, 1e4])
+def test_a_c_far_from_the_size_of_the_weight_is_told(std):
+    pytest.importorskip("scipy")
+    torch.manual_seed(0)
+    dense = nn.Linear(128, 128)
+    nn.init.normal_(dense.weight, 0, std)
+    with pytest.raises(ValueError, match=r"c = 1.0 gives the weight to a relative error of .* only, since c is far"):
+        DLoRLinear.from_dense(dense, 8)
+
+
+def test_a_weight_of_zeros_is_factorised():
+    pytest.importorskip("scipy")
+    dense = nn.Linear(12, 20)
+    nn.init.zeros_(dense.weight)
+    assert DLoRLinear.from_dense(dense, 8).to_dense().abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_weight_that_is_not_finite_is_not_factorised(value):
+    pytest.importorskip("scipy")
+    dense = nn.Linear(4, 4)
+    with torch.no_grad():
+        dense.weight[1, 2] = value
+    with pytest.raises(ValueError, match="A has entries that are not finite"):
+        DLoRLinear.from_dense(dense, 2)
+    with pytest.raises(ValueError, match="pass a finite number"):
+        DLoRLinear.from_dense(nn.Linear(4, 4), 2, value)
+
+
+def test_only_a_linear_layer_with_values_is_factorised():
+    with pytest.raises(TypeError, match=r"takes an nn\.Linear, not Conv1D"):
+        DLoRLinear.from_dense(Conv1D(4, 4), 2)
+    with pytest.raises(ValueError, match="on the meta device"):
+        DLoRLinear.from_dense(nn.Linear(4, 4, device="meta"), 2)
+
+
 def test_a_language_model_without_dense_projections_learns_and_is_saved(tmp_path):
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SMALL))
@@ -204,6 +270,34 @@ def test_layers_of_gpt2_are_transposed():
     assert model(input_ids=torch.randint(61, (1, 5))).logits.isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_an_error_at_the_last_layer_leaves_the_first():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 0))
+    with pytest.raises(ValueError, match="out_features = 0"):
+        replace_linear_layers(model, r=2)
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
+
+
+def test_a_layer_in_two_places_stays_one_layer():
+    layer = nn.Linear(4, 4)
+    model = nn.Sequential(layer, nn.ReLU(), layer, nn.Linear(4, 4))
+    assert replace_linear_layers(model, r=2, exclude=["2"]) == ["3"]
+    assert model[0] is model[2] is layer
+    assert replace_linear_layers(model, r=2) == ["0", "2"]
+    assert isinstance(model[0], DLoRLinear)
+    assert model[0] is model[2]
+
+
+def tied_bias():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].bias = model[0].bias
+    return model
+
+
+def adapted():
+    return get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+
+
 @pytest.mark.parametrize(
     ("build", "exclude", "message"),
     [
@@ -215,7 +309,17 @@ def test_layers_of_gpt2_are_transposed():
             (),
             "gate_up_proj stacks the weights of several projections, which are no linear layers. Keep",
         ),
-        (lambda: nn.MultiheadAttention(4, 2), (), "out_proj is a NonDynamicallyQuantizableLinear"),
+        (lambda: nn.MultiheadAttention(4, 2), (), "in_proj_weight stacks the weights"),
+        (lambda: nn.MultiheadAttention(4, 2), ["in_proj_weight"], "out_proj is a NonDynamicallyQuantizableLinear"),
+        (lambda: nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4)), (), "weight_ih_l0 stacks the weights"),
+        (tied_bias, (), "0 shares its bias with another module"),
+        (adapted, (), "base_model.model.0 has an adapter"),
+        (lambda: nn.Linear(4, 4), (), "the model is a linear layer itself"),
+        (
+            lambda: nn.Sequential(nn.Linear(4, 4), prune.identity(nn.Linear(4, 4), "weight")),
+            (),
+            "the weight of 1 is computed from other parameters",
+        ),
     ],
 )
 def test_what_cannot_be_replaced_is_named_and_nothing_is(build, exclude, message):
@@ -237,6 +341,17 @@ def test_what_cannot_be_replaced_is_named_and_nothing_is(build, exclude, message
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         DLoRLinear(4, 4, **arguments)
+
+
+@pytest.mark.parametrize("r", [True, 2.0, "2"])
+def test_a_rank_that_is_no_whole_number(r):
+    with pytest.raises(TypeError, match=f"r = {r!r}; it must be a whole number"):
+        DLoRLinear(4, 4, r)
+
+
+def test_a_string_is_no_list_of_names():
+    with pytest.raises(TypeError, match=r"exclude is the string 'lm_head'; give a list, exclude=\['lm_head'\]"):
+        replace_linear_layers(nn.Sequential(nn.Linear(2, 2)), r=2, exclude="lm_head")
 
 
 def test_t5_reads_the_weight_of_a_layer():

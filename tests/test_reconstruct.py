@@ -171,6 +171,17 @@ def test_product_needs_a_nonzero_c_a_positive_r_and_a_square_matrix():
         factorise_product(eye(3).bfloat16(), 1)
 
 
+@pytest.mark.parametrize("factorise", [factorise_product, factorise_sum])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_what_is_not_finite_is_refused(factorise, value):
+    A = eye(3)
+    with pytest.raises(ValueError, match=f"{factorise.__name__}: c = {value}; pass a finite number"):
+        factorise(A, 1, value)
+    A[0, 1] = value
+    with pytest.raises(ValueError, match=f"{factorise.__name__}: A has entries that are not finite"):
+        factorise(A, 1)
+
+
 def test_product_without_scipy_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.linalg", None)
     with pytest.raises(ImportError, match="install dlor-peft with its extra 'factorise'"):
