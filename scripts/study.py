@@ -19,7 +19,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context, parent_process
 from multiprocessing.process import BaseProcess
@@ -54,17 +54,23 @@ CORE_TASKS = ("banking77 10 a class", "stsb 500 pairs", "shakespeare stories260K
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, help="the folder of data and models")
-    parser.add_argument("--encoder", help="a folder with MiniLM, where its package is not installed")
+    parser.add_argument("--shared", type=folder_with("data", "models"), help="the folder of data and models")
+    parser.add_argument(
+        "--encoder",
+        type=folder_with("config.json"),
+        help="a folder with MiniLM, where its package is not installed",
+    )
     parser.add_argument("--pretrained", type=Path, help="a folder of further language models, each a task")
-    parser.add_argument("--pretrain", type=float, metavar="MINUTES", help="make --pretrained's `llama`; run nothing")
+    parser.add_argument("--pretrain", type=above_0, metavar="MINUTES", help="make --pretrained's `llama`; run nothing")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of rows, times and report")
-    parser.add_argument("--minutes", type=float, default=60, help="no run is started later")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--minutes", type=above_0, default=60, help="no run is started later")
+    parser.add_argument("--workers", type=count, default=os.cpu_count() or 1)
     parser.add_argument("--tasks", nargs="+", default=CORE_TASKS)
     parser.add_argument("--methods", nargs="+", default=CORE_METHODS)
-    parser.add_argument("--budgets", nargs="+", type=int, default=(1, 2, 4, 8))
-    parser.add_argument("--seeds", type=int, default=5, help="how many are run on test; with 0 the grid alone")
+    parser.add_argument("--budgets", nargs="+", type=count, default=(1, 2, 4, 8))
+    parser.add_argument(
+        "--seeds", type=int, choices=range(6), default=5, help="how many are run on test; with 0 the grid alone"
+    )
     parser.add_argument(
         "--times",
         action="store_true",
@@ -72,26 +78,56 @@ def main() -> int:
     )
     parser.add_argument("--report", action="store_true", help="run nothing")
     arguments = parser.parse_args()
+    if arguments.results.exists() and not arguments.results.is_dir():
+        parser.error(f"--results: {arguments.results} is a file; give a folder")
     if arguments.report:
         from study_parts.report import write_report
 
+        if not any(arguments.results.glob("*.jsonl")):
+            parser.error(f"--results: {arguments.results} has no rows (*.jsonl) to report; run the study first")
         print(write_report(arguments.results))
         return 0
     if arguments.shared is None:
         parser.error("--shared: the folder of data and models is needed to run")
+    if arguments.pretrain is not None and arguments.pretrained is None:
+        parser.error("--pretrain: give --pretrained, the folder that the model is written to")
+    if arguments.pretrain is None and arguments.pretrained is not None and not arguments.pretrained.is_dir():
+        parser.error(f"--pretrained: {arguments.pretrained} is no folder; make it with --pretrain MINUTES")
     # before torch loads: a run has one core
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     arguments.sources = sources_of(arguments)
     if arguments.pretrain is not None:
-        if arguments.pretrained is None:
-            parser.error("--pretrain: give --pretrained, the folder that the model is written to")
         pretrain_llama(arguments)
-    elif arguments.times:
+        return 0
+    if arguments.times:
         return 0 if time_steps(arguments) else 1
-    else:
-        return 0 if run_missing(arguments) else 1
-    return 0
+    return 0 if run_missing(arguments) else 1
+
+
+def folder_with(*names: str) -> Callable[[str], Path]:
+    """The type of an argument."""
+
+    def folder(text: str) -> Path:
+        if missing := [name for name in names if not (Path(text) / name).exists()]:
+            raise argparse.ArgumentTypeError(f"{text} has no {' and no '.join(missing)}")
+        return Path(text)
+
+    return folder
+
+
+def above_0(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
 
 
 def sources_of(arguments: argparse.Namespace) -> Any:
@@ -99,7 +135,7 @@ def sources_of(arguments: argparse.Namespace) -> Any:
 
     if arguments.pretrain is not None:
         return Sources(arguments.shared)
-    given = {"encoder": arguments.encoder, "pretrained": arguments.pretrained}
+    given = {"encoder": arguments.encoder and str(arguments.encoder), "pretrained": arguments.pretrained}
     return Sources(arguments.shared, **{name: value for name, value in given.items() if value is not None})
 
 

@@ -1,9 +1,11 @@
 """The study's own parts: what is matched, what is run next, what is concluded."""
 
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import study
 from peft import get_peft_model
 from study_parts.methods import METHODS, SINGLE, allocate, num_parameters, rank_counts
 from study_parts.questions import compare
@@ -163,6 +165,44 @@ def test_rows_outlive_a_process_that_is_killed_while_it_writes(tmp_path):
     assert results.path.read_bytes() == written
     again.add(Run("task", "dora", 1, 1e-3, 0), {"dev": {"accuracy": 0.6}})
     assert len(Results(tmp_path, "here").rows) == 2
+
+
+@pytest.mark.parametrize("line", ["", "no json", "[1]", '{"dev": {}}', '{"run": {"task": "task"}}'])
+def test_a_line_that_is_no_row_is_named(tmp_path, line):
+    Results(tmp_path, "here").add(Run("task", "lora", 1, 1e-3, 0), {"dev": {"accuracy": 0.5}})
+    with (tmp_path / "here.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(ValueError, match=r"here\.jsonl, line 2, is no row of a run"):
+        Results(tmp_path, "here")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--minutes", "nan"], "--minutes: nan is not above 0"),
+        (["--pretrain", "-1"], "--pretrain: -1 is not above 0"),
+        (["--workers", "0"], "--workers: 0 is not at least 1"),
+        (["--budgets", "1", "0"], "--budgets: 0 is not at least 1"),
+        (["--seeds", "6"], "--seeds: invalid choice: 6"),
+        (["--shared", "nowhere"], "--shared: nowhere has no data and no models"),
+        (["--encoder", "nowhere"], "--encoder: nowhere has no config.json"),
+        (["--results", "file"], "--results: file is a file; give a folder"),
+        (["--report", "--results", "nowhere"], "--results: nowhere has no rows"),
+        (["--shared", ".", "--pretrained", "nowhere"], "--pretrained: nowhere is no folder"),
+        (["--shared", ".", "--pretrain", "1"], "--pretrain: give --pretrained"),
+        ([], "--shared: the folder of data and models is needed"),
+    ],
+)
+def test_wrong_arguments_are_told(monkeypatch, capsys, tmp_path, arguments, message):
+    for folder in ("data", "models"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["study.py", *arguments])
+    with pytest.raises(SystemExit):
+        study.main()
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_differences_are_paired_and_corrected():

@@ -18,7 +18,7 @@ from .times import read_times
 
 def write_report(folder: Path) -> str:
     """The tables of every kind of hardware, in Markdown; also written to `report.md` in the folder, with a figure."""
-    parts = []
+    parts, figures = [], {}
     for path in sorted(folder.glob("*.jsonl")):
         rows = Results(folder, path.stem).rows
         readings = read(rows)
@@ -27,8 +27,10 @@ def write_report(folder: Path) -> str:
         parts.append(f"# {path.stem}: {len(rows)} runs, {diverged} of them diverged")
         parts += [_of_task(reading, times) for reading in readings.values()]
         parts += answers(readings.values(), times)
-        draw(list(readings.values()), folder / f"{path.stem}.png")
+        figures[path.with_suffix(".png")] = list(readings.values())
     text = "\n\n".join(parts) + "\n"
+    for path, drawn in figures.items():
+        draw(drawn, path)
     (folder / "report.md").write_text(text, encoding="utf-8")
     return text
 

@@ -39,8 +39,13 @@ class Results:
         text = self.path.read_bytes() if self.path.is_file() else b""
         # of a process that was killed while it wrote, or that is writing
         self._cut_off = text.rpartition(b"\n")[2]
-        rows = map(json.loads, text.removesuffix(self._cut_off).splitlines())
-        self.rows: dict[Run, dict[str, Any]] = {Run(**row["run"]): row for row in rows}
+        self.rows: dict[Run, dict[str, Any]] = {}
+        for number, line in enumerate(text.removesuffix(self._cut_off).splitlines(), 1):
+            try:
+                row = json.loads(line)
+                self.rows[Run(**row["run"])] = row
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{self.path}, line {number}, is no row of a run: mend or remove it") from error
 
     def add(self, run: Run, row: dict[str, Any]) -> None:
         self.rows[run] = {"run": asdict(run), **row}

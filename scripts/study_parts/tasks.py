@@ -27,7 +27,7 @@ def tasks(sources: Sources) -> dict[str, Task]:
         found[f"shakespeare {model} 456 steps"] = Text(sources, 456, model, "tinyshakespeare")
         found[f"e2e {model}"] = Completion(sources, 300, model, "e2e_nlg")
         found[f"scan {model}"] = Scan(sources, 1500, model, "scan")
-    for folder in sorted(sources.pretrained.iterdir()) if sources.pretrained else ():
+    for folder in sorted(sources.pretrained.glob("*/")) if sources.pretrained else ():
         found[f"shakespeare {folder.name}"] = Text(sources, 400, folder.name, "tinyshakespeare", (BASE, "test"))
         found[f"e2e {folder.name}"] = Completion(sources, 600, folder.name, "e2e_nlg")
         found[f"scan {folder.name}"] = Scan(sources, 1500, folder.name, "scan")
