@@ -46,6 +46,7 @@ TITLES = {
     "e": "General activations",
     "f": "Depth and width",
 }
+FIELDS = {"quick", "seconds", "environment", "numbers"}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -60,7 +61,30 @@ def parse_arguments() -> argparse.Namespace:
     if unknown := [letter for letter in arguments.only if letter not in PARTS]:
         parser.error(f"--only: {', '.join(map(repr, unknown))} is none of {', '.join(PARTS)}.")
     arguments.out = arguments.out or ROOT / ("runs" if arguments.quick else "recipes") / "paper"
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        arguments.parts = read(arguments.out / "numbers.json")
+    except (OSError, ValueError) as error:
+        parser.error(f"--out: {error}")
     return arguments
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What is measured already.
+
+    Raises:
+        ValueError: the file is not of this script.
+    """
+    if not path.exists():
+        return {}
+    try:
+        parts = json.loads(path.read_text(encoding="utf-8"))
+        is_ours = all(set(part) >= FIELDS for part in parts.values())
+    except (ValueError, TypeError, AttributeError):
+        is_ours = False
+    if not is_ours:
+        raise ValueError(f"{path} holds other things than the numbers of this script: move it away")
+    return parts
 
 
 def file_name(letter: str) -> str:
@@ -71,9 +95,7 @@ def main() -> int:
     arguments = parse_arguments()
     # the sizes are small: a second thread costs more than it brings
     torch.set_num_threads(1)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "numbers.json"
-    parts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path, parts = arguments.out / "numbers.json", arguments.parts
     hardware = environment("cpu")
     for letter in arguments.only:
         started = time.perf_counter(), time.process_time()
@@ -111,13 +133,14 @@ def captions(parts: dict[str, Any]) -> str:
         text = PARTS[letter].caption(part["numbers"])
         title = f"## ({letter}) {TITLES[letter]}{mark}"
         sections.append(f"{title}\n\n![{TITLES[letter]}]({file_name(letter)})\n\n{text}")
-    times = {letter: part["seconds"] for letter, part in parts.items()}
-    hardware = next(iter(parts.values()))["environment"]
-    told = ", ".join(f"{letter} {seconds:.0f} s" for letter, seconds in times.items())
-    sections.append(
-        f"Run on {hardware['cpu']}, {hardware['threads']} thread, torch {hardware['versions']['torch']}, in "
-        f"{sum(times.values()):.0f} s ({told})."
-    )
+    machines: dict[str, dict[str, float]] = {}
+    for letter, part in parts.items():
+        hardware = part["environment"]
+        where = f"{hardware['cpu']}, {hardware['threads']} thread, torch {hardware['versions']['torch']}"
+        machines.setdefault(where, {})[letter] = part["seconds"]
+    for where, times in machines.items():
+        told = ", ".join(f"{letter} {seconds:.0f} s" for letter, seconds in times.items())
+        sections.append(f"Run on {where}, in {sum(times.values()):.0f} s ({told}).")
     return "\n\n".join(sections) + "\n"
 
 

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context, parent_process
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -236,7 +236,12 @@ def run_missing(arguments: argparse.Namespace) -> bool:
             for future in done:
                 run = pending.pop(future)
                 name = f"{run.task} | {run.method} | k {run.k} | lr {run.lr} | seed {run.seed}"
-                if error := future.exception():
+                if isinstance(error := future.exception(), BrokenExecutor):
+                    print(
+                        f"{name} | its process was killed, for its memory perhaps: start again, with fewer --workers"
+                    )
+                    return False
+                if error:
                     failed.add(run)
                     print(f"{name} | failed, left out until the next start: {error!r}", flush=True)
                     continue

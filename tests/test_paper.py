@@ -85,6 +85,25 @@ def test_an_unknown_part_is_refused(paper, monkeypatch, capsys):
     assert "'z' is none of a, b, c, d, e, f" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["no json", "[]", '{"a": {"quick": false}}'])
+def test_numbers_of_something_else_are_not_replaced(paper, monkeypatch, capsys, tmp_path, text):
+    (tmp_path / "numbers.json").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["paper.py", "--only", "d", "--quick", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        paper.main()
+    assert "paper.py: error: --out: " in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["numbers.json"]
+    assert (tmp_path / "numbers.json").read_text() == text
+
+
+def test_times_are_those_of_their_machine(paper):
+    parts = json.loads((paper.ROOT / "recipes" / "paper" / "numbers.json").read_text())
+    parts["f"]["environment"] = {**parts["f"]["environment"], "cpu": "another"}
+    assert f"Run on another, 1 thread, torch {parts['f']['environment']['versions']['torch']}, in " in paper.captions(
+        parts
+    )
+
+
 @pytest.mark.parametrize(("activation", "b", "order"), [("GELU", 0.5, 1), ("tanh", 0.5, 1), ("tanh", 0, 2)])
 def test_remainders_have_the_order_of_the_next_derivative(part, activation, b, order):
     activations = part("activations")

@@ -1,5 +1,6 @@
 """The study's own parts: what is matched, what is run next, what is concluded."""
 
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from peft import get_peft_model
 from study_parts.methods import METHODS, SINGLE, allocate, num_parameters, rank_counts
 from study_parts.questions import compare
 from study_parts.reading import Choice, Reading
+from study_parts.report import write_report
 from study_parts.results import Results, Run
 from study_parts.schedule import GRID, LIMITS, SEEDS, Cell, missing, of_another_setting, rate
 from study_parts.statistics import corrected, holm, paired
@@ -165,6 +167,12 @@ def test_rows_outlive_a_process_that_is_killed_while_it_writes(tmp_path):
     assert results.path.read_bytes() == written
     again.add(Run("task", "dora", 1, 1e-3, 0), {"dev": {"accuracy": 0.6}})
     assert len(Results(tmp_path, "here").rows) == 2
+
+
+def test_the_report_is_that_of_the_rows_beside_it(tmp_path):
+    pytest.importorskip("matplotlib", reason="the report has a figure")
+    shutil.copytree(study.RESULTS, tmp_path / "results")
+    assert write_report(tmp_path / "results") == (study.RESULTS / "report.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("line", ["", "no json", "[1]", '{"dev": {}}', '{"run": {"task": "task"}}'])

@@ -113,6 +113,8 @@ def rows(harness: Path, experiment: str) -> dict[Path, dict[str, Any]]:
     """Every row of `experiment` under `harness`: file -> what it holds."""
     paths = (path for folder in RESULTS for path in (harness / folder).glob("dlor--*.json"))
     found = {path: _read(path) for path in paths}
+    if strange := [path for path, row in found.items() if "run_info" not in row]:
+        raise ValueError(f"{strange[0]} is no row of the harness: move it away.")
     return {path: row for path, row in found.items() if row["run_info"]["experiment_name"] == experiment}
 
 
@@ -140,13 +142,13 @@ def main() -> int:
     parser.add_argument("experiment", choices=names, metavar="EXPERIMENT", help=f"one of {', '.join(names)}")
     arguments, others = parser.parse_known_args()
     experiment = EXPERIMENTS / arguments.experiment
+    name = f"dlor/{experiment.name}"
     try:
         harness = check(arguments.peft, experiment)
+        before = {path: path.stat().st_mtime_ns for path in rows(harness, name)}
         relative = copy(experiment, harness)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    name = f"dlor/{experiment.name}"
-    before = {path: path.stat().st_mtime_ns for path in rows(harness, name)}
     execute(harness, [*others, str(relative)])
     after = {path: row for path, row in rows(harness, name).items() if path.stat().st_mtime_ns != before.get(path)}
     if not after:
@@ -162,7 +164,13 @@ def _peft_requirement() -> Requirement:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no object, but {type(found).__name__}.")
+    return found
 
 
 def _texts(folder: Path) -> dict[str, str]:

@@ -15,6 +15,9 @@ from .statistics import Difference, corrected, paired
 DLOR = "dlor scaled U x4"
 """The default form and the default rates of `dlor_peft.create_dlor_optimizer`."""
 
+COMPARED = {"LoRA": "lora", "DoRA": "dora", "DLoR with one rate": "dlor scaled"}
+"""Name -> method."""
+
 SMALL = (1, 2)
 
 DEPTHS = {1: "dlor multiplicative", 2: "dlor multiplicative depth 2", 4: "dlor multiplicative depth 4"}
@@ -24,11 +27,11 @@ def answers(readings: Iterable[Reading], times: list[dict[str, Any]]) -> list[st
     """In Markdown; a question that no row answers yet is left out."""
     readings = list(readings)
     tables = (
+        *(_headline(readings, times, name, method) for name, method in COMPARED.items()),
         _small_budgets(readings),
         _forgetting(readings),
         _robustness(readings),
         _alignment(readings),
-        _dora(readings, times),
     )
     return [table for table in tables if table]
 
@@ -58,6 +61,33 @@ def _table(title: str, text: str, head: str, lines: list[str]) -> str:
         return ""
     rule = "|" + "---|" * (head.count("|") - 1)
     return "\n".join((f"## {title}", "", text, "", head, rule, *lines))
+
+
+def _headline(readings: list[Reading], times: list[dict[str, Any]], name: str, method: str) -> str:
+    """Of the default form and rates, over all tasks and budgets."""
+    budgets = [(reading, k) for reading in readings for k in sorted({k for _, k in reading.test})]
+    found = {
+        (reading.task, k): difference
+        for reading, k in budgets
+        if (difference := compare(reading, (DLOR, k), (method, k)))
+    }
+    ratios = {
+        (one["task"], one["k"]): f"{one['methods'][DLOR]['median'] / one['methods'][method]['median']:.2f}"
+        for one in times
+        if {DLOR, method} <= one["methods"].keys()
+    }
+    lines = [
+        f"| {task} | {k} | {shown(difference)} | {found[task, k].p:.3f} | {difference.p:.3f} "
+        f"| {difference.is_equivalent} | {ratios.get((task, k), '')} |"
+        for (task, k), difference in corrected(found).items()
+    ]
+    return _table(
+        f"DLoR and {name}",
+        f"Test metric of {DLOR} less that of {method}, paired by seed, and the time of a training step over that "
+        "one's. One family of tests: Holm's correction, and that of equivalence, are over all tasks and budgets.",
+        "| task | k | difference | p | p (Holm) | equivalent | time |",
+        lines,
+    )
 
 
 def _small_budgets(readings: list[Reading]) -> str:
@@ -146,11 +176,16 @@ def _robustness(readings: list[Reading]) -> str:
                 continue
             best = {at: next(iter(first)) for at, first in values.items()}
             kept = best[min(best)]
-            lost = [reading.sign * (first[best[at]] - first[kept]) for at, first in values.items() if kept in first]
             rates = ", ".join(f"{at}: {lr:.2g}" for at, lr in best.items())
-            lines.append(
-                f"| {reading.task} | {name} | {rates} | {f'{max(lost) + 0.0:.4f}' if lost[1:] else 'not tried'} |"
-            )
+            if any(kept not in reading.dev[arms[at]] for at in values):
+                lost = "not tried"
+            elif any(kept not in first for first in values.values()):
+                lost = "diverged"
+            else:
+                lost = (
+                    f"{max(reading.sign * (first[best[at]] - first[kept]) for at, first in values.items()) + 0.0:.4f}"
+                )
+            lines.append(f"| {reading.task} | {name} | {rates} | {lost} |")
     return _table(
         "The learning rate over budgets and depths",
         "The best on dev with the first seed, and the most that is lost there by keeping the one of the smallest.",
@@ -184,29 +219,4 @@ def _alignment(readings: list[Reading]) -> str:
         text += f" Spearman's correlation of rows and gain: {correlation.statistic:+.2f} over {len(found)} tasks."
     return _table(
         "The alignment index as a predictor", text, "| task | rows | columns | k | gain | in margins |", lines
-    )
-
-
-def _dora(readings: list[Reading], times: list[dict[str, Any]]) -> str:
-    budgets = [(reading, k) for reading in readings for k in sorted({k for _, k in reading.test})]
-    found = {
-        (reading.task, k): difference
-        for reading, k in budgets
-        if (difference := compare(reading, (DLOR, k), ("dora", k)))
-    }
-    ratios = {
-        (one["task"], one["k"]): f"{one['methods'][DLOR]['median'] / one['methods']['dora']['median']:.2f}"
-        for one in times
-        if {DLOR, "dora"} <= one["methods"].keys()
-    }
-    lines = [
-        f"| {task} | {k} | {shown(difference)} | {difference.p:.3f} | {difference.is_equivalent} "
-        f"| {ratios.get((task, k), '')} |"
-        for (task, k), difference in corrected(found).items()
-    ]
-    return _table(
-        "DLoR and DoRA",
-        "Test metric of DLoR less DoRA's, paired by seed, and the time of a training step over DoRA's.",
-        "| task | k | difference | p (Holm) | equivalent | time over DoRA's |",
-        lines,
     )

@@ -106,6 +106,11 @@ class Reading:
         return {(run.method, run.k): row["parameters"] for run, row in self.rows.items() if "parameters" in row}
 
     @cached_property
+    def adapter_bytes(self) -> dict[Arm, int]:
+        """Of the tensors that are saved, beside the head."""
+        return {(run.method, run.k): row["adapter_bytes"] for run, row in self.rows.items() if "adapter_bytes" in row}
+
+    @cached_property
     def ranks(self) -> dict[Arm, dict[str, int]]:
         """Rank -> how many layers have it."""
         return {(run.method, run.k): row["ranks"] for run, row in self.rows.items() if "ranks" in row}

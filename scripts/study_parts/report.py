@@ -41,9 +41,9 @@ def _of_task(reading: Reading, times: list[dict[str, Any]]) -> str:
         f"## {reading.task}: {reading.metric}",
         "",
         *([f"Linear probe on the frozen model: {np.mean(probe):.4f} ({len(probe)} seeds)", ""] if probe else []),
-        "| k | method | parameters | ranks | lr | dev, mean (seeds) | test, mean (seeds) | less LoRA's, 95% "
-        "| p (Holm) | equivalent | base | step | kept |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| k | method | parameters | adapter, kB | ranks | lr | dev, mean (seeds) | test, mean (seeds) "
+        "| less LoRA's, 95% | p (Holm) | equivalent | base | step | kept |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     chosen = {arm: best for arm in reading.dev if (best := reading.best(arm))}
     for k in sorted({k for _, k in chosen}):
@@ -61,6 +61,7 @@ def _of_task(reading: Reading, times: list[dict[str, Any]]) -> str:
                 str(k or "-"),
                 method,
                 f"{reading.parameters[arm]:,}",
+                f"{reading.adapter_bytes[arm] / 1000:,.0f}",
                 ", ".join(f"{number} x {r}" for r, number in reading.ranks.get(arm, {}).items()),
                 f"{best.lr:.2g}",
                 f"{best.value:.4f} ({best.num_seeds}{', grid cut off' if is_cut_off else ''})",
