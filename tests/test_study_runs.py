@@ -115,7 +115,8 @@ def test_the_same_run_gives_the_same_row(sources, results):
 def test_rows_answer_the_questions(results):
     readings = read(results.rows)
     times = [{"task": TASK, "k": 2, "methods": {"dlor scaled U x4": {"median": 0.9}, "dora": {"median": 1.8}}}]
-    small, forgetting, robust, aligned, dora = answers(readings.values(), times)
+    lora, dora, small, forgetting, robust, aligned = answers(readings.values(), times)
+    assert lora.count(f"| {TASK} | ") == 2
     assert f"| {TASK} | 1 | dlor scaled U x4 |" in small
     assert f"| {TASK} | 2 | dora |" in forgetting
     assert f"| {TASK} | lora | k | 1: " in robust

@@ -1,4 +1,20 @@
-"""Where the data and the models of the study lie."""
+"""Where the data and the models of the study lie, in one folder.
+
+    data/NAME/{train,dev,test}.jsonl     rows with the fields below; plain text in .txt for the last two
+        banking77        text, label                 github.com/PolyAI-LDN/task-specific-datasets, CC BY 4.0
+        clinc150         text, label                 github.com/clinc/oos-eval, CC BY 3.0
+        snips            text, label                 github.com/sonos/nlu-benchmark, CC0
+        stsb             text1, text2, score 0 to 5  github.com/PhilipMay/stsb-multi-mt, the English part
+        e2e_nlg          input, output               github.com/tuetschek/e2e-dataset, CC BY-SA 4.0
+        scan             input, output               github.com/brendenlake/SCAN, BSD
+        tinyshakespeare  text                        github.com/karpathy/char-rnn
+        wikitext2_small  text                        WikiText-2, CC BY-SA; for --pretrain alone
+    data/tinystories_sample/tinystories.txt      what the small models were trained on, for forgetting
+    models/stories260K, models/TinyStories-656K      in the layout of transformers
+
+recipes/ is such a folder with BANKING77 and stories260K. The dev splits are cut from the training rows where the
+source has none, so that rows of another cut differ in what dev chooses.
+"""
 
 from __future__ import annotations
 
