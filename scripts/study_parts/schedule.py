@@ -13,6 +13,7 @@ from typing import Any
 from .methods import METHODS, PROBE, Layers, allocate, has_budget, rank_counts
 from .reading import Reading
 from .results import Run
+from .sentences import Sentences
 from .task import Task
 from .training import SELECTION_SEEDS
 
@@ -48,8 +49,10 @@ def cells(tasks: Iterable[str], methods: Iterable[str], budgets: Iterable[int]) 
 
 
 def is_possible(cell: Cell, task: Task, layers: Layers) -> bool:
-    """Whether the task has a head for what trains nothing else, and a method a form of the budget's size."""
-    if cell.method in ("head", PROBE):
+    """Whether the task has what is trained alone, and a method a form of the budget's size."""
+    if cell.method == PROBE:
+        return isinstance(task, Sentences)
+    if cell.method == "head":
         return task.head is not None
     return not has_budget(cell.method) or allocate(METHODS[cell.method], layers, cell.k) is not None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +17,9 @@ from dlor_peft.training.tasks.probe import linear_probe
 
 from .sources import Sources
 from .task import Task, by_length, padded
+
+RIDGES = tuple(10 ** (exponent / 2) for exponent in range(-4, 3))
+"""Of the squared distance of w to 1, beside a sum of squared errors over pairs whose scores are 0 to 1."""
 
 
 class Sentences(Task):
@@ -33,6 +37,10 @@ class Sentences(Task):
     @cached_property
     def tokenizer(self) -> Any:
         return load_tokenizer(self.encoder)
+
+    @abstractmethod
+    def probe(self, seed: int) -> dict[str, float]:
+        """The headline on test of a linear model on the frozen embeddings, its regularisation chosen on dev."""
 
 
 class Classification(Sentences):
@@ -91,7 +99,7 @@ class Classification(Sentences):
 
     @torch.no_grad()
     def probe(self, seed: int) -> dict[str, float]:
-        """Test accuracy of a logistic regression on the embeddings, its C chosen on dev."""
+        """A logistic regression."""
         model: Any = self.build(seed).eval()
         embeddings, labels = {}, {}
         for split in ("train", "dev", "test"):
@@ -152,26 +160,55 @@ class Similarity(Sentences):
         return model
 
     def loss(self, model: nn.Module, rows: list[Any]) -> Tensor:
-        cosine = self._cosine(model, rows)
+        one, other = self._embeddings(model, rows)
+        cosine = (one * other).sum(-1)
         return F.mse_loss(cosine, torch.tensor([row[2] for row in rows], device=cosine.device))
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
-        from scipy.stats import spearmanr
-
         rows = self.rows(split, 0)
-        cosines = torch.empty(len(rows))
-        for batch in by_length(rows, self.length):
-            cosines[batch] = self._cosine(model, [rows[index] for index in batch]).cpu()
+        cosines = self._products(model, rows).sum(1)
         scores = torch.tensor([row[2] for row in rows])
-        loss = F.mse_loss(cosines, scores).item()
-        correlation: Any = spearmanr(cosines.numpy(), scores.numpy())
-        return {"spearman": float(correlation.statistic), "loss": loss}
+        return {"spearman": _spearman(cosines, scores), "loss": F.mse_loss(cosines, scores).item()}
 
-    def _cosine(self, model: nn.Module, rows: list[Any]) -> Tensor:
+    def probe(self, seed: int) -> dict[str, float]:
+        """w . (u * v) + b of the two embeddings u and v, by a ridge regression towards w = 1, the cosine itself."""
+        from sklearn.linear_model import Ridge
+
+        model = self.build(seed).eval()
+        rows = {split: self.rows(split, seed) for split in ("train", "dev", "test")}
+        products = {split: self._products(model, of_split) for split, of_split in rows.items()}
+        scores = {split: torch.tensor([row[2] for row in of_split]) for split, of_split in rows.items()}
+        rest = scores["train"] - products["train"].sum(1)
+        fits = [Ridge(ridge).fit(products["train"].numpy(), rest.numpy()) for ridge in RIDGES]
+
+        def correlation(fit: Ridge, split: str) -> float:
+            found = products[split].sum(1) + torch.from_numpy(fit.predict(products[split].numpy()))
+            return _spearman(found, scores[split])
+
+        return {"spearman": correlation(max(fits, key=lambda fit: correlation(fit, "dev")), "test")}
+
+    @torch.no_grad()
+    def _products(self, model: nn.Module, rows: list[Any]) -> Tensor:
+        """u * v of each pair (pairs, hidden), whose sum is the cosine."""
+        order, products = [], []
+        for batch in by_length(rows, self.length):
+            one, other = self._embeddings(model, [rows[index] for index in batch])
+            order += batch
+            products.append((one * other).cpu())
+        found = torch.cat(products)
+        return torch.empty_like(found).index_copy_(0, torch.tensor(order), found)
+
+    def _embeddings(self, model: nn.Module, rows: list[Any]) -> tuple[Tensor, Tensor]:
         ids, mask = padded([row[side] for side in (0, 1) for row in rows], self.tokenizer.pad_token_id)
         device = next(model.parameters()).device
         mask = mask.to(device)
         hidden = model(input_ids=ids.to(device), attention_mask=mask).last_hidden_state.float()
         one, other = F.normalize((hidden * mask.unsqueeze(-1)).sum(1), dim=-1).chunk(2)
-        return (one * other).sum(-1)
+        return one, other
+
+
+def _spearman(found: Tensor, scores: Tensor) -> float:
+    from scipy.stats import spearmanr
+
+    correlation: Any = spearmanr(found.numpy(), scores.numpy())
+    return float(correlation.statistic)

@@ -12,7 +12,7 @@
     data/tinystories_sample/tinystories.txt      what the small models were trained on, for forgetting
     models/stories260K, models/TinyStories-656K      in the layout of transformers
 
-recipes/ is such a folder with BANKING77 and stories260K. The dev splits are cut from the training rows where the
+recipes/ of the repository is such a folder for BANKING77. The dev splits are cut from the training rows where the
 source has none, so that rows of another cut differ in what dev chooses.
 """
 

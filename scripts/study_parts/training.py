@@ -18,7 +18,7 @@ from dlor_peft.maths import alignment_index
 
 from .methods import METHODS, PROBE, UNMATCHED, allocate, num_parameters, rank_counts
 from .results import Run
-from .sentences import Classification
+from .sentences import Sentences
 from .sources import Sources
 from .task import Task
 from .tasks import tasks
@@ -37,7 +37,7 @@ def run_one(run: Run, sources: Sources) -> dict[str, Any]:
     torch.set_num_threads(1)
     task = tasks(sources)[run.task]
     if run.method == PROBE:
-        assert isinstance(task, Classification)
+        assert isinstance(task, Sentences)
         return {"test": task.probe(run.seed)}
     model, facts = adapted(task, run)
     weights = _weights(task, model) if run.method == "full" else {}
