@@ -210,6 +210,8 @@ METHODS: dict[str, Method] = {
     "dlor scaled output": _dlor(mode="scaled", side="output"),
     "dlor scaled scalar": _dlor(mode="scaled", side="auto", diagonal="scalar"),
     "dlor scaled U x4": _dlor({"u_lr_ratio": 4}, mode="scaled", side="auto"),
+    "dlor scaled scalar U x4": _dlor({"u_lr_ratio": 4}, mode="scaled", side="auto", diagonal="scalar"),
+    "dlor scaled none U x4": _dlor({"u_lr_ratio": 4}, mode="scaled", side="auto", diagonal="none"),
     "dlor scaled diagonal x4": _dlor({"diag_lr_ratio": 4, "u_lr_ratio": 1}, mode="scaled", side="auto"),
     "dlor scaled diagonal x0.25": _dlor({"diag_lr_ratio": 0.25, "u_lr_ratio": 1}, mode="scaled", side="auto"),
     "dlor scaled V x4": _dlor(start=4, mode="scaled", side="auto"),
