@@ -7,7 +7,7 @@
     python scripts/study.py --shared DIR --pretrained BASES --tasks "shakespeare llama" --workers 16
     python scripts/study.py --report                                  # tables and figures of what is there
 
-DIR holds data/ and models/ as study_parts/tasks.py reads them. Rows are appended to study_parts/results (or
+DIR holds data/ and models/, see study_parts/sources.py. Rows are appended to study_parts/results (or
 --results), one file for each kind of hardware, as runs finish; a run that is there is never repeated. Runs go side by
 side, one thread each; one that fails is told, and tried again at the next start.
 """
