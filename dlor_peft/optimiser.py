@@ -15,7 +15,7 @@ from .cap import capped_tensors, check_limits, project
 from .layers import owned_adapters
 
 U_LR_RATIO = 4.0
-"""What was best at equal parameters, or as good as 1: README, "At equal parameters"."""
+"""Better than 1 in six of seven comparisons at equal parameters, two of them beyond chance: README."""
 
 ROLES = ("diagonal", "U", "V", "other", "other_no_decay", "full", "full_no_decay")
 
