@@ -63,14 +63,19 @@ def _table(title: str, text: str, head: str, lines: list[str]) -> str:
     return "\n".join((f"## {title}", "", text, "", head, rule, *lines))
 
 
-def _headline(readings: list[Reading], times: list[dict[str, Any]], name: str, method: str) -> str:
-    """Of the default form and rates, over all tasks and budgets."""
+def headline(readings: Iterable[Reading], method: str) -> dict[tuple[str, int], Difference]:
+    """Of the default form and rates less a method, by task and budget, each alone."""
     budgets = [(reading, k) for reading in readings for k in sorted({k for _, k in reading.test})]
-    found = {
+    return {
         (reading.task, k): difference
         for reading, k in budgets
         if (difference := compare(reading, (DLOR, k), (method, k)))
     }
+
+
+def _headline(readings: list[Reading], times: list[dict[str, Any]], name: str, method: str) -> str:
+    """Of the default form and rates, over all tasks and budgets."""
+    found = headline(readings, method)
     ratios = {
         (one["task"], one["k"]): f"{one['methods'][DLOR]['median'] / one['methods'][method]['median']:.2f}"
         for one in times

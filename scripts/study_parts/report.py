@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
-from .methods import PROBE, has_budget
+from .figure import draw
+from .methods import PROBE
 from .questions import answers, shown, with_lora
-from .reading import Arm, Reading, read
+from .reading import Reading, read
 from .results import Results
 from .schedule import Cell, missing
 from .times import read_times
@@ -86,60 +86,3 @@ def _grid(reading: Reading) -> list[str]:
         fields = [f"{first[lr]:.4f}" if lr in first else "diverged" if lr in reading.dev[arm] else "" for lr in rates]
         lines.append(f"| {arm[1] or '-'} | {arm[0]} | {' | '.join(fields)} |")
     return lines
-
-
-def draw(readings: list[Reading], path: Path) -> None:
-    """Test metric against parameters, a panel a task, with 95% t intervals of the mean over seeds.
-
-    Methods of equal size stand side by side, within 10% of their numbers of parameters.
-    """
-    from matplotlib.figure import Figure
-
-    readings = [reading for reading in readings if len({method for method, _ in _drawn(reading)}) > 1]
-    if not readings:
-        return
-    methods = list(dict.fromkeys(method for reading in readings for method, _ in _drawn(reading)))
-    columns = min(3, len(readings))
-    lines = -(-len(readings) // columns)
-    figure = Figure(figsize=(4.8 * columns, 0.6 + 3.6 * lines), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False).flatten()
-    for axes in grid[len(readings) :]:
-        axes.set_axis_off()
-    handles = {}
-    for axes, reading in zip(grid, readings, strict=False):
-        for index, method in enumerate(methods):
-            arms = sorted((arm for arm in _drawn(reading) if arm[0] == method), key=lambda arm: arm[1])
-            if not arms:
-                continue
-            means, widths = zip(*(_interval(list(reading.test[arm].values())) for arm in arms), strict=True)
-            is_ours = method.startswith("dlor")
-            handles[method] = axes.errorbar(
-                [reading.parameters[arm] * (0.9 + 0.2 * index / max(1, len(methods) - 1)) for arm in arms],
-                means,
-                yerr=widths,
-                color=f"C{index % 10}",
-                marker=("o^v" if is_ours else "sDP" if has_budget(method) else "*X+")[index // 10],
-                linewidth=2 if is_ours else 1,
-                linestyle="-" if is_ours else "--",
-                capsize=3,
-            )
-        axes.set(
-            xscale="log",
-            xlabel="trained parameters beside the head, within 10%",
-            title=f"{reading.task}: {reading.metric}",
-        )
-        low, high = axes.get_xlim()
-        axes.set_xlim(low / 2, high * 2)
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=2 * columns, fontsize=8)
-    figure.savefig(path, dpi=110)
-
-
-def _drawn(reading: Reading) -> list[Arm]:
-    """With seeds enough for an interval."""
-    return [arm for arm, values in reading.test.items() if len(values) >= 3 and arm[0] != PROBE]
-
-
-def _interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half of the width."""
-    width = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    return float(np.mean(values)), float(width)
