@@ -15,7 +15,7 @@ from .cap import capped_tensors, check_limits, project
 from .layers import owned_adapters
 
 U_LR_RATIO = 4.0
-"""Better than 1 in six of seven comparisons at equal parameters, two of them beyond chance: README."""
+"""Tried against 1 and no other: README, "At equal parameters"."""
 
 ROLES = ("diagonal", "U", "V", "other", "other_no_decay", "full", "full_no_decay")
 
