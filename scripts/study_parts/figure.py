@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from scipy import stats
 
 from .methods import PROBE, has_budget
 from .questions import COMPARED, headline
-from .reading import Arm, Reading
+from .reading import MARGINS, Arm, Reading
+from .statistics import Difference
 
 COLUMNS = 2
 
@@ -20,8 +22,9 @@ def draw(readings: list[Reading], path: Path) -> None:
     from matplotlib.figure import Figure
 
     curves = [reading for reading in readings if len({k for _, k in _drawn(reading) if k}) > 1]
-    cells = sum(len(headline(readings, method)) for method in COMPARED.values())
-    heights = [4.0] * -(-len(curves) // COLUMNS) + ([1.2 + 0.24 * cells] if cells else [])
+    gains = {name: found for name, method in COMPARED.items() if (found := headline(readings, method))}
+    num_cells = sum(len(found) for found in gains.values())
+    heights = [4.0] * -(-len(curves) // COLUMNS) + ([1.2 + 0.24 * num_cells] if gains else [])
     if not heights:
         return
     figure = Figure(figsize=(6.0 * COLUMNS, sum(heights) + 1), layout="constrained")
@@ -32,8 +35,9 @@ def draw(readings: list[Reading], path: Path) -> None:
         handles |= _metric_by_size(figure.add_subplot(grid[place // COLUMNS, place % COLUMNS]), reading, methods)
     if handles:
         figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=6, fontsize=8)
-    if cells:
-        _gains(figure.add_subplot(grid[-1, :]), readings)
+    if gains:
+        units = {reading.task: reading.sign / reading.margin for reading in readings}
+        _gains(figure.add_subplot(grid[-1, :]), gains, units)
     figure.savefig(path, dpi=110)
 
 
@@ -61,29 +65,22 @@ def _metric_by_size(axes: Any, reading: Reading, methods: list[str]) -> dict[str
         xlabel="trained parameters beside the head, within 10%",
         title=f"{reading.task}: {reading.metric}",
     )
-    sizes = {arm[1]: reading.parameters[arm] for arm in _drawn(reading)}
+    sizes = {k: reading.parameters[method, k] for method, k in _drawn(reading) if method == "lora" or not k}
     axes.set_xticks(list(sizes.values()), [f"{size:,}\n{f'k {k}' if k else ''}" for k, size in sizes.items()])
     axes.set_xticks([], minor=True)
     return handles
 
 
-def _gains(axes: Any, readings: list[Reading]) -> None:
+def _gains(axes: Any, gains: Mapping[str, Mapping[tuple[str, int], Difference]], units: Mapping[str, float]) -> None:
     """With the bootstrap intervals of the tables, in margins of equivalence, so that all metrics share an axis."""
-    of_task = {reading.task: reading for reading in readings}
-    labels = []
-    for color, (name, method) in enumerate(COMPARED.items()):
-        found = headline(readings, method)
-        if not found:
-            continue
+    labels: list[str] = []
+    for name, found in gains.items():
+        values = [[units[task] * x for x in (each.mean, each.low, each.high)] for (task, _), each in found.items()]
+        means, *ends = np.transpose(values)
+        # where less is better they have changed places
+        low, high = np.sort(ends, axis=0)
         places = range(len(labels), len(labels) + len(found))
-        units = [of_task[task].sign / of_task[task].margin for task, _ in found]
-        means = [unit * difference.mean for unit, difference in zip(units, found.values(), strict=True)]
-        ends = [
-            sorted((unit * difference.low, unit * difference.high))
-            for unit, difference in zip(units, found.values(), strict=True)
-        ]
-        widths = [[mean - low, high - mean] for mean, (low, high) in zip(means, ends, strict=True)]
-        axes.errorbar(means, places, xerr=np.transpose(widths), fmt="o", color=f"C{color}", capsize=3, label=name)
+        axes.errorbar(means, places, xerr=(means - low, high - means), fmt="o", capsize=3, label=name)
         labels += [f"{task}, k {k}" for task, k in found]
     axes.axvspan(-1, 1, color="0.92", zorder=0)
     axes.axvline(0, color="0.5", linewidth=1)
@@ -91,7 +88,7 @@ def _gains(axes: Any, readings: list[Reading]) -> None:
     axes.set_ylim(len(labels), -1)
     axes.set(
         title="What DLoR with its default rates gains on test, k by k",
-        xlabel="in margins: 0.01 of accuracy, Spearman's correlation or exact match, 0.02 bits a byte",
+        xlabel="in margins: " + ", ".join(f"{margin} of {metric}" for metric, margin in MARGINS.items()),
     )
     axes.legend(title="over", loc="best", fontsize=8)
 

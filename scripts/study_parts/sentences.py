@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -41,6 +43,15 @@ class Sentences(Task):
     @abstractmethod
     def probe(self, seed: int) -> dict[str, float]:
         """The headline on test of a linear model on the frozen embeddings, its regularisation chosen on dev."""
+
+    def _padded(self, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
+        return padded(ids, self.tokenizer.pad_token_id)
+
+    def _in_order(self, rows: list[Any], of_batch: Callable[[list[Any]], Tensor]) -> Tensor:
+        """What batches of similar length give, a row of it for each of the rows."""
+        batches = by_length(rows, self.length)
+        found = torch.cat([of_batch([rows[index] for index in batch]) for batch in batches])
+        return found[torch.tensor(list(chain.from_iterable(batches))).argsort()]
 
 
 class Classification(Sentences):
@@ -104,16 +115,13 @@ class Classification(Sentences):
         embeddings, labels = {}, {}
         for split in ("train", "dev", "test"):
             rows = self.rows(split, seed)
-            found = torch.empty(len(rows), model.config.encoder["hidden_size"])
-            for batch in by_length(rows, self.length):
-                ids, mask = padded([rows[index][0] for index in batch], self.tokenizer.pad_token_id)
-                found[batch] = model.embed(ids, mask)
-            embeddings[split], labels[split] = found, torch.tensor([label for _, label in rows])
+            embeddings[split] = self._in_order(rows, lambda some: model.embed(*self._padded([ids for ids, _ in some])))
+            labels[split] = torch.tensor([label for _, label in rows])
         return {"accuracy": float(linear_probe(embeddings, labels)["accuracy"])}
 
     def _logits(self, model: nn.Module, rows: list[Any]) -> Tensor:
         device = next(model.parameters()).device
-        ids, mask = padded([ids for ids, _ in rows], self.tokenizer.pad_token_id)
+        ids, mask = self._padded([ids for ids, _ in rows])
         return model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float()
 
     def _labels(self, model: nn.Module, rows: list[Any]) -> Tensor:
@@ -190,16 +198,15 @@ class Similarity(Sentences):
     @torch.no_grad()
     def _products(self, model: nn.Module, rows: list[Any]) -> Tensor:
         """u * v of each pair (pairs, hidden), whose sum is the cosine."""
-        order, products = [], []
-        for batch in by_length(rows, self.length):
-            one, other = self._embeddings(model, [rows[index] for index in batch])
-            order += batch
-            products.append((one * other).cpu())
-        found = torch.cat(products)
-        return torch.empty_like(found).index_copy_(0, torch.tensor(order), found)
+
+        def of_batch(some: list[Any]) -> Tensor:
+            one, other = self._embeddings(model, some)
+            return (one * other).cpu()
+
+        return self._in_order(rows, of_batch)
 
     def _embeddings(self, model: nn.Module, rows: list[Any]) -> tuple[Tensor, Tensor]:
-        ids, mask = padded([row[side] for side in (0, 1) for row in rows], self.tokenizer.pad_token_id)
+        ids, mask = self._padded([row[side] for side in (0, 1) for row in rows])
         device = next(model.parameters()).device
         mask = mask.to(device)
         hidden = model(input_ids=ids.to(device), attention_mask=mask).last_hidden_state.float()
